@@ -1,0 +1,94 @@
+"""The seam between edge-align and an inference engine.
+
+Contract of every backend:
+
+* Layers are 0-based decoder blocks; row l of the steering vectors is added to the output of block l.
+* The prompt up to its last token is prefilled unsteered; the last prompt token and every decoded position are
+  steered. An answer depends on (prompt, vectors, sampling) alone: nothing steered stays in a cache.
+* `vectors=None` and all-zero vectors give the base, token for token.
+* Foreign exceptions never cross this border: they become members of `edge_align.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TYPE_CHECKING
+
+from edge_align.config import SamplingConfig
+from edge_align.records import Completion, GenerationChunk, Prompt, SteeringVectors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What an open engine is and can do."""
+
+    name: str  # "llamacpp", "torch", "fake"
+    version: str
+    architecture: str  # general.architecture of the GGUF
+    n_layer: int
+    d_model: int
+    n_vocab: int
+    n_ctx: int
+    device: str  # "cpu", or the accelerator's name
+    per_row_steering: bool = False  # may rows of one batch carry different vectors?
+
+
+class Backend(Protocol):
+    """An open base model. One owner, one thread at a time; `close()` is idempotent."""
+
+    @property
+    def info(self) -> BackendInfo: ...
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`, no BOS added; `special` parses control tokens such as <|im_end|>."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, control tokens left out."""
+        ...
+
+    def render(self, prompt: Prompt) -> list[int]:
+        """Token ids of a conversation under the model's chat template, up to where the answer begins."""
+        ...
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        vectors: SteeringVectors | None,
+        sampling: SamplingConfig,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Iterator[GenerationChunk]:
+        """Stream an answer to `prompt` (token ids). Raises ContextOverflow, BackendError, SessionClosed."""
+        ...
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        vectors: SteeringVectors | None,
+        sampling: SamplingConfig,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """One sampled answer per prompt under the same vectors; row i uses seed `sampling.seed + i`.
+
+        Faster than `generate` one by one; `on_done(n)` is told how many rows are finished.
+        """
+        ...
+
+    def score(
+        self,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        *,
+        vectors: SteeringVectors | None,
+    ) -> list[np.ndarray]:
+        """Teacher-forced logits: for each completion (T_i tokens) an array (T_i, n_vocab) float32, row t being
+        the logits that predict completion[t]. Steered from the last prompt token on, as in decoding."""
+        ...
+
+    def close(self) -> None: ...
