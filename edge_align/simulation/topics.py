@@ -347,7 +347,7 @@ TRAIN = Material(
         "My surfboard cracked on its first wave.",
         "I never have the energy to exercise.",
         "My partner hates the sport that I love.",
-        "I forgot the second verse on stage.",
+        "I skipped the second verse on stage.",
         "I want to thank my old trainer.",
     ),
 )
