@@ -106,7 +106,8 @@ class FeedbackRow:
             self.ts,
             self.id,
         ]
-        return hashlib.sha256(json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # `ts` and `id` are not checked texts
 
 
 def check_text(name: str, text: str) -> None:
