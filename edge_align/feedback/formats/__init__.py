@@ -1,0 +1,1 @@
+"""One module per feedback format; each holds `FORMAT`, and `feedback.detect.FORMATS` lists them."""
