@@ -132,7 +132,7 @@ def wins(judge: Judge, personal: Sequence[str], base: Sequence[str]) -> np.ndarr
     if len(personal) != len(base) or not personal:
         raise InputError(f"{len(personal)} personal answers cannot be set against {len(base)} of the base")
     margin = np.array([judge(ours) - judge(theirs) for ours, theirs in zip(personal, base, strict=True)])
-    return (np.sign(margin) + 1.0) / 2.0
+    return np.asarray((np.sign(margin) + 1.0) / 2.0)
 
 
 def win_rate(judge: Judge, personal: Sequence[str], base: Sequence[str]) -> float:
