@@ -18,7 +18,7 @@ from edge_align.errors import InputError
 from edge_align.simulation import judges
 from edge_align.simulation.foreign import foreign_pairs
 from edge_align.simulation.lexicon import NEGATIVE, POSITIVE
-from edge_align.simulation.prompts import compare_prompts, MATERIAL, prompts
+from edge_align.simulation.prompts import compare_prompts, MATERIAL, prompts, PromptSet
 from edge_align.simulation.users import (
     bootstrap_interval,
     make_pairs,
@@ -31,7 +31,7 @@ from edge_align.simulation.users import (
     wins,
 )
 
-SETS = ("pack", "train", "validation", "test")
+SETS: tuple[PromptSet, ...] = ("pack", "train", "validation", "test")
 LENGTH = User("length", lambda text: float(len(text)), "likes many characters")
 
 # Words that say nothing about a topic.
@@ -63,9 +63,9 @@ def topics(name: str) -> list[str]:
     [("pack", 900, 30, 90), ("train", 300, 12, 40), ("validation", 120, 12, 40), ("test", 100, 12, 40)],
 )
 def test_each_prompt_set_is_as_large_and_as_varied_as_promised(
-    name: str, at_least: int, templates: int, subjects: int
+    name: PromptSet, at_least: int, templates: int, subjects: int
 ) -> None:
-    found = prompts(name)  # type: ignore[arg-type]
+    found = prompts(name)
     assert len(found) == len(set(found)) >= at_least
     assert len(set(MATERIAL[name].templates)) == len(MATERIAL[name].templates) >= templates
     assert len(set(topics(name))) == len(topics(name)) >= subjects
@@ -73,14 +73,14 @@ def test_each_prompt_set_is_as_large_and_as_varied_as_promised(
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SETS, 2)))
-def test_two_sets_share_no_prompt_no_template_and_no_content_word_of_a_topic(one: str, other: str) -> None:
-    assert not set(prompts(one)) & set(prompts(other))  # type: ignore[arg-type]
+def test_two_sets_share_no_prompt_no_template_and_no_content_word_of_a_topic(one: PromptSet, other: PromptSet) -> None:
+    assert not set(prompts(one)) & set(prompts(other))
     assert not set(MATERIAL[one].templates) & set(MATERIAL[other].templates)
     assert content_words(topics(one)) & content_words(topics(other)) == set()
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SETS, 2)))
-def test_two_sets_share_no_run_of_four_template_words(one: str, other: str) -> None:
+def test_two_sets_share_no_run_of_four_template_words(one: PromptSet, other: PromptSet) -> None:
     def runs(name: str) -> set[tuple[str, ...]]:
         split = [re.findall(r"\{?\w+\}?", template.lower()) for template in MATERIAL[name].templates]
         return {tuple(found[i : i + 4]) for found in split for i in range(len(found) - 3)}
@@ -89,9 +89,9 @@ def test_two_sets_share_no_run_of_four_template_words(one: str, other: str) -> N
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_first_round_uses_every_template_once_and_no_topic_twice(name: str) -> None:
+def test_the_first_round_uses_every_template_once_and_no_topic_twice(name: PromptSet) -> None:
     material = MATERIAL[name]
-    first = prompts(name)[: len(material.templates)]  # type: ignore[arg-type]
+    first = prompts(name)[: len(material.templates)]
     used = []
     for template in material.templates:
         pattern = re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(template))
@@ -103,14 +103,14 @@ def test_the_first_round_uses_every_template_once_and_no_topic_twice(name: str) 
 
 def test_prompts_are_the_same_on_every_machine() -> None:
     """Pinned, so that a pack, its training pairs and its claims go on meaning the same prompts."""
-    text = "\n".join(prompt for name in SETS for prompt in prompts(name))  # type: ignore[arg-type]
+    text = "\n".join(prompt for name in SETS for prompt in prompts(name))
     digest = "d6f667b7b595b9e66779a0bb641edc2aa776cf6a7ee49a08e09b4f03c7db3e45"
     assert hashlib.sha256(text.encode()).hexdigest() == digest
 
 
 def test_compare_prompts_are_twelve_and_in_no_set() -> None:
     assert len(set(compare_prompts())) == 12
-    assert not set(compare_prompts()) & {prompt for name in SETS for prompt in prompts(name)}  # type: ignore[arg-type]
+    assert not set(compare_prompts()) & {prompt for name in SETS for prompt in prompts(name)}
 
 
 def test_an_unknown_prompt_set_is_named() -> None:
@@ -341,7 +341,7 @@ def test_foreign_pairs_are_told_apart_by_their_judge_and_never_repeat() -> None:
     assert all(judges.plain(pair.chosen) > judges.plain(pair.rejected) for pair in pairs)
     reverse = foreign_pairs("flowery", n=200, rng=np.random.default_rng(0))
     assert [(pair.chosen, pair.rejected) for pair in reverse] == [(pair.rejected, pair.chosen) for pair in pairs]
-    used = {prompt for name in SETS for prompt in prompts(name)}  # type: ignore[arg-type]
+    used = {prompt for name in SETS for prompt in prompts(name)}
     assert not used & {pair.prompt[0].content for pair in pairs}
     with pytest.raises(InputError, match="no foreign user"):
         foreign_pairs("terse", n=1, rng=np.random.default_rng(0))  # type: ignore[arg-type]

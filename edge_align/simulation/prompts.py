@@ -19,7 +19,6 @@ SIZE: dict[str, int] = {"pack": 1200, "train": 384, "validation": 160, "test": 1
 """How many prompts each set has; benches use the first 100 of `test`."""
 
 
-@cache
 def prompts(name: PromptSet) -> tuple[str, ...]:
     """The prompts of one set, always the same and in the same order.
 
@@ -31,12 +30,17 @@ def prompts(name: PromptSet) -> tuple[str, ...]:
     """
     if name not in MATERIAL:
         raise InputError(f"no prompt set {name!r}; the sets are {', '.join(get_args(PromptSet))}")
-    return tuple(_combined(MATERIAL[name], random.Random(f"edge-align {name}")))[: SIZE[name]]
+    return _made(name)
 
 
 def compare_prompts() -> tuple[str, ...]:
     """Twelve friendly prompts for `edge-align compare`; none of them is in a prompt set."""
     return COMPARE
+
+
+@cache
+def _made(name: str) -> tuple[str, ...]:
+    return tuple(_combined(MATERIAL[name], random.Random(f"edge-align {name}")))[: SIZE[name]]
 
 
 def _combined(material: Material, rng: random.Random) -> list[str]:
