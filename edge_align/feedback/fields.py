@@ -123,8 +123,10 @@ def tags(value: object) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+    if not isinstance(value, list):
         raise InputError(f"tags is {kind(value)}; it must be a list of texts")
+    if not all(isinstance(tag, str) for tag in value):
+        raise InputError("tags holds something other than text")
     return tuple(optional_text(tag, "a tag") or "" for tag in value)
 
 

@@ -195,7 +195,7 @@ def choose_user(verdicts: Sequence[Verdict], user: str | None, *, name: str) -> 
 
 
 def resolve(verdicts: Iterable[Verdict]) -> tuple[list[tuple[int, FeedbackRow]], list[tuple[int, str]]]:
-    """(rows oldest first, dropped), each as (record, row) and (record, reason), of one user's verdicts: the last rating of a message wins."""
+    """Rows, oldest first, and reasons, each with its record; the last rating of a message replaces the others."""
     last: dict[tuple[str | None, str, str], Verdict] = {}
     dropped = []
     for verdict in sorted(verdicts, key=Verdict.order):

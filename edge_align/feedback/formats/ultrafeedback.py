@@ -20,8 +20,10 @@ def matches(record: Record) -> bool:
 def read(record: Record) -> list[FeedbackRow]:
     asked = user_prompt(text(record["instruction"], "instruction"))
     completions = record["completions"]
-    if not isinstance(completions, list) or not all(isinstance(item, dict) for item in completions):
+    if not isinstance(completions, list):
         raise InputError(f"completions is {kind(completions)}; it must be a list of objects")
+    if not all(isinstance(item, dict) for item in completions):
+        raise InputError("completions holds something other than objects")
     scored = [(score(item), text(item.get("response"), "response"), item) for item in completions]
     if not scored:
         raise InputError("completions is empty")
