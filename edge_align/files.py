@@ -182,19 +182,21 @@ def read_file(path: Path, *, limit: int) -> bytes:
 
     Raises StorageError when the disk refuses, CorruptArtefact when the file is missing, too large or no regular file.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    extra = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # the latter: a FIFO must not hang us
     with storage_errors(path):
         try:
-            fd = os.open(path, flags)
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra)) as file:
+                status = os.fstat(file.fileno())
+                regular = stat.S_ISREG(status.st_mode)
+                data = file.read(limit + 1) if regular and status.st_size <= limit else b""
         except FileNotFoundError:
             raise CorruptArtefact(f"{shown(path)} is missing") from None
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptArtefact(f"{shown(path)} is not a regular file")
-            data = file.read(limit + 1) if status.st_size <= limit else b""
-        if status.st_size > limit or len(data) > limit:
-            raise CorruptArtefact(f"{shown(path)} is larger than {limit:,} bytes; it cannot be one of ours")
+        except IsADirectoryError:
+            regular = False
+    if not regular:
+        raise CorruptArtefact(f"{shown(path)} is not a regular file")
+    if max(status.st_size, len(data)) > limit:
+        raise CorruptArtefact(f"{shown(path)} is larger than {limit:,} bytes; it cannot be one of ours")
     return data
 
 
