@@ -323,6 +323,16 @@ def test_damage_anywhere_raises_our_error_or_leaves_every_row_true(home):
     assert found > 40
 
 
+def test_one_changed_letter_in_a_row_is_noticed(home):
+    with FeedbackLog(home) as log:
+        log.append("p", [pair(n) for n in range(100)])
+    intact = home.feedback_db.read_bytes()
+    for old, new in ((b"good 77", b"gooD 77"), (b'"weight":1.0', b'"weight":9.0')):
+        home.feedback_db.write_bytes(intact.replace(old, new, 1))
+        with FeedbackLog(home) as log, pytest.raises(CorruptArtefact, match="not what was written"):
+            list(log.rows("p"))
+
+
 def test_junk_instead_of_a_database_is_named_and_kept(home):
     home.root.mkdir()
     home.feedback_db.write_bytes(b"junk" * 1000)
