@@ -63,9 +63,14 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{shown(path)}: {remedy}") from error
 
 
+def is_name(name: str) -> bool:
+    """Can `name` be a folder's name on every system, and nothing but that?"""
+    return bool(_NAME.fullmatch(name)) and ".." not in name and name[-1] != "." and not _DEVICE.fullmatch(name)
+
+
 def check_name(kind: str, name: str) -> str:
-    """`name` itself, when it can be a folder's name on every system; else InputError. `kind`: "profile", "pack"."""
-    if not _NAME.fullmatch(name) or ".." in name or name.endswith(".") or _DEVICE.fullmatch(name):
+    """`name` itself, or InputError that calls it a `kind` ("profile", "pack") name."""
+    if not is_name(name):
         raise InputError(
             f"{kind} name {ascii(name)[:80]} is not allowed; use 1 to 64 letters, digits, '.', '_' or '-', starting "
             "with a letter or digit (no '..', no dot at the end, none of Windows' device names)"

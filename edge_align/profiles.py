@@ -31,6 +31,7 @@ from edge_align.errors import (
 )
 from edge_align.files import (
     check_name,
+    is_name,
     make_private_dir,
     parse_json_object,
     read_file,
@@ -110,14 +111,14 @@ class ProfileStore:
         self._home = home
 
     def names(self) -> tuple[str, ...]:
-        """All profiles that have a folder, sorted."""
+        """All profiles that have a folder, sorted; links and folders that cannot be ours are left out."""
         folder = self._home.profiles_dir
         with storage_errors(folder):
             try:
                 entries = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
             except FileNotFoundError:
                 return ()
-        return tuple(sorted(entry.name for entry in entries if not entry.name.startswith(".")))
+        return tuple(sorted(entry.name for entry in entries if is_name(entry.name)))
 
     def list(self) -> tuple[ProfileSummary, ...]:
         """All profiles with what a person wants to know about them; a damaged one is listed with its damage."""
@@ -219,6 +220,7 @@ class ProfileStore:
 
     def activate(self, name: str, version: int) -> None:
         """Make a version the active one, after every check of it."""
+        self._existing(name)
         with self._writing(name):
             self.load(name, version)
             numbers: tuple[int, ...] = ()
@@ -236,6 +238,7 @@ class ProfileStore:
 
         When the record of activations is itself damaged, the newest version that opens becomes active.
         """
+        self._existing(name)
         with self._writing(name):
             try:
                 numbers = self._activations(name)[:-1]

@@ -295,9 +295,18 @@ def test_a_list_says_what_there_is(store):
 
 def test_reading_a_home_that_is_not_there_creates_nothing(store, home):
     assert store.names() == () and store.list() == () and store.current() is None
-    with pytest.raises(InputError):
-        store.load_usable("default")
+    for call in (store.load_usable, store.undo, store.use, store.remove, lambda name: store.activate(name, 1)):
+        with pytest.raises(InputError, match="unknown profile"):
+            call("default")
     assert not home.root.exists()
+
+
+def test_folders_that_are_no_profiles_do_not_disturb_the_list(store, home):
+    keep(store, "p", 1)
+    for name in (".removed-1", "my notes", "a..b"):
+        (home.profiles_dir / name).mkdir()
+    (home.profiles_dir / "file").write_text("x")
+    assert store.names() == ("p",) and [summary.name for summary in store.list()] == ["p"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
