@@ -1,0 +1,27 @@
+# The two commands of the README. PYTHON is the interpreter the environment is made with, VENV where it goes.
+PYTHON ?= python3
+VENV ?= .venv
+export VENV
+
+.PHONY: help personalize test check clean
+
+help:
+	@echo "make personalize   install, learn from examples/feedback.jsonl, answer three unseen questions"
+	@echo "make test          everything that CI checks: format, lint, types, tests"
+	@echo "make check         format, lint and types only"
+	@echo "make clean         remove the environment and what the demo learnt"
+
+personalize:
+	@$(PYTHON) scripts/install.py "$(VENV)" default-base
+	@scripts/personalize_demo
+
+test:
+	@$(PYTHON) scripts/install.py "$(VENV)" default-base test
+	@scripts/test
+
+check:
+	@$(PYTHON) scripts/install.py "$(VENV)" default-base test
+	@scripts/check
+
+clean:
+	rm -rf "$(VENV)" .cache

@@ -1,0 +1,146 @@
+"""Make the project's environment: check Python, create it, install the pinned versions, and say what is going on.
+
+    python3 scripts/install.py VENV EXTRA [EXTRA ...]
+
+Does nothing when that was done before with the same constraints.txt and pyproject.toml. Standard library only, because
+it runs before anything is installed, and in syntax that Python 3.6 reads, so that an old one gets the message below.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if sys.version_info < (3, 11):  # noqa: UP036  (this runs under whatever python3 is)
+    version = ".".join(map(str, sys.version_info[:2]))
+    sys.exit(
+        f"edge-align needs Python 3.11 or newer; {sys.executable} is {version}. "
+        "Install one and name it, for example: make personalize PYTHON=python3.12"
+    )
+
+ROOT = Path(__file__).resolve().parent.parent
+TICK_SEC = 1.0 if sys.stdout.isatty() else 30.0  # a log file gets a line now and then, a terminal a running clock
+COMPILERS = ("cc", "gcc", "clang", "cl")
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit("usage: python3 scripts/install.py VENV EXTRA [EXTRA ...]")
+    venv, extras = ROOT / sys.argv[1], set(sys.argv[2:])
+    python = venv / "bin" / "python"
+    stamp = venv / "edge-align.json"
+
+    done = read_stamp(stamp)
+    if done is not None and done["inputs"] == inputs() and extras <= set(done["extras"]) and works(python):
+        return
+    if done is not None:
+        extras |= set(done["extras"])
+    if not works(python):
+        started = time.monotonic()
+        say(f"[install 1/2] creating {venv.name} with Python {sys.version.split()[0]}")
+        create(venv)
+        say(f"              done in {elapsed(started)}")
+    started = time.monotonic()
+    say("[install 2/2] installing the pinned versions; llama.cpp is compiled the first time, which takes minutes")
+    stamp.unlink(missing_ok=True)
+    install(python, sorted(extras), log=venv / "install.log")
+    stamp.write_text(json.dumps({"inputs": inputs(), "extras": sorted(extras)}))
+    say(f"              done in {elapsed(started)}")
+
+
+def inputs() -> str:
+    """What the environment was made from: a hash of the two files that decide it."""
+    content = b"".join((ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml"))
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_stamp(stamp: Path) -> Any:
+    """What the last complete install wrote, or None."""
+    try:
+        return json.loads(stamp.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def works(python: Path) -> bool:
+    """Is there an environment whose interpreter starts (it may have been upgraded away) and is new enough?"""
+    test = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
+    try:
+        return subprocess.run([python, "-c", test], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def create(venv: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "venv", "--clear", venv], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        print(result.stdout + result.stderr)
+        sys.exit(f"{sys.executable} cannot create an environment; Debian and Ubuntu have that in package python3-venv")
+
+
+def install(python: Path, extras: list[str], *, log: Path) -> None:
+    """pip into the environment, its talk into `log`, with a sign of life here."""
+    target = f"{ROOT}[{','.join(extras)}]"
+    command = [python, "-m", "pip", "install", "--progress-bar", "off", "-c", ROOT / "constraints.txt", "-e", target]
+    started = time.monotonic()
+    with log.open("w") as out:
+        # In a group of its own with the compilers it starts, so that Ctrl-C can end them all.
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        try:
+            watch(process, log, started)
+        except BaseException:
+            os.killpg(process.pid, 15)
+            process.wait()
+            raise
+    if process.returncode:
+        print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
+        if not any(shutil.which(name) for name in COMPILERS):
+            sys.exit("installing failed: there is no C/C++ compiler; install one (on Debian: build-essential)")
+        sys.exit(f"installing failed; the end of pip's log is above, the whole in {log}")
+
+
+def watch(process: "subprocess.Popen[bytes]", log: Path, started: float) -> None:
+    """Show what pip does and for how long, until it ends."""
+    shown = started
+    while process.poll() is None:
+        time.sleep(0.2)
+        if time.monotonic() - shown >= TICK_SEC:
+            shown = time.monotonic()
+            line = f"              {elapsed(started):>9}  {activity(log)}"
+            say(f"\r{line:<100.100}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n")
+    if sys.stdout.isatty() and shown > started:
+        say("\r" + " " * 100 + "\r", end="")
+
+
+def activity(log: Path) -> str:
+    """The last thing pip said it began."""
+    for line in reversed(log.read_text(errors="replace").splitlines()):
+        words = line.strip()
+        if words.startswith("Building wheel for"):
+            return f"compiling {words.split()[3]}"
+        if words.startswith(("Collecting", "Downloading", "Installing", "Using cached")):
+            return words[:70]
+    return "starting pip"
+
+
+def elapsed(started: float) -> str:
+    seconds = time.monotonic() - started
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    print(text, end=end, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; run the same command again to go on")
