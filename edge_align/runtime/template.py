@@ -1,0 +1,142 @@
+"""The chat template of a GGUF, rendered in a sandbox, and texts of the user kept from posing as control tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from edge_align.errors import InputError, ModelLoadError
+from edge_align.records import Prompt
+
+SOURCE_LIMIT = 64 * 1024  # characters of a template
+GROWTH_LIMIT = 1 << 20  # characters that a template may add to the conversation
+STEP_LIMIT = 100_000  # numbers that all calls of range() together may give
+TIME_LIMIT_SEC = 5.0
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""For a GGUF without a template (what llama.cpp falls back to)."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """No attribute tricks (the sandbox), and no operator that makes a huge value out of small ones."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = all(isinstance(side, int | float) and abs(side) < 1e6 for side in (left, right))
+        if operator == "**" or not numbers:
+            raise SecurityError(f"the operator {operator} is not available here")
+        return super().call_binop(context, operator, left, right)
+
+
+class ChatTemplate:
+    """A compiled template. `reason` says where it came from.
+
+    Raises ModelLoadError when it is too long or is not a template.
+    """
+
+    def __init__(self, source: str | None, *, bos_token: str = "", eos_token: str = "") -> None:
+        self.reason = "the model's own template" if source else "chatml: the model file has no chat template"
+        source = source or CHATML
+        if len(source) > SOURCE_LIMIT:
+            raise ModelLoadError(f"the model's chat template is longer than {SOURCE_LIMIT} characters")
+        environment = _Environment(
+            trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals.update(
+            raise_exception=_refuse, strftime_now=time.strftime, bos_token=bos_token, eos_token=eos_token
+        )
+        try:
+            self._template = environment.from_string(source)
+        except (TemplateError, RecursionError) as error:
+            raise ModelLoadError(f"the model's chat template is broken: {_one_line(error)}") from error
+
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as one text. Raises InputError when the template refuses it or passes its bounds."""
+        limit = GROWTH_LIMIT + 4 * sum(len(message["content"]) for message in messages)
+        deadline = time.monotonic() + TIME_LIMIT_SEC
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(
+                messages=messages, add_generation_prompt=add_generation_prompt, range=_budgeted_range()
+            ):
+                parts.append(part)
+                size += len(part)
+                if size > limit or time.monotonic() > deadline:
+                    raise SecurityError("it writes too much or takes too long")
+        except _Refused as error:
+            raise InputError(f"the model's chat template refuses this conversation: {_one_line(error)}") from error
+        except Exception as error:  # a template is a program from a file: whatever it raises is its own fault
+            raise InputError(f"the model's chat template failed on this conversation: {_one_line(error)}") from error
+        return "".join(parts)
+
+
+def render_segments(template: ChatTemplate, prompt: Prompt, control: re.Pattern[str] | None) -> list[tuple[str, bool]]:
+    """The rendered conversation as (text, special) pieces: control tokens are parsed in special pieces only.
+
+    `control` matches every text that the tokenizer would read as a control token. Such a text inside a message is
+    replaced by a unique mark before rendering and comes back as a piece of plain text. A conversation without any
+    (None, or no match) is one special piece: exactly the template's own rendering.
+    """
+    messages = [{"role": message.role, "content": message.content} for message in prompt]
+    if control is None or not any(control.search(message["content"]) for message in messages):
+        return [(template.render(messages), True)]
+    mark = _unused_mark([message["content"] for message in messages])
+    hidden: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        hidden.append(match[0])
+        return f"{mark}{len(hidden) - 1}{mark[0]}"
+
+    for message in messages:
+        message["content"] = control.sub(hide, message["content"])
+    pieces = re.split(f"{mark}([0-9]+){mark[0]}", template.render(messages))
+    return [(hidden[int(text)], False) if i % 2 else (text, True) for i, text in enumerate(pieces) if text]
+
+
+def _unused_mark(texts: list[str]) -> str:
+    """Private-use characters that occur in none of `texts`."""
+    length = 2
+    while any("\ue0ea" * length in text for text in texts):
+        length += 1
+    return "\ue0ea" * length
+
+
+class _Refused(TemplateError):
+    """The template called raise_exception."""
+
+
+def _refuse(message: str) -> None:
+    raise _Refused(str(message))
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _budgeted_range() -> Any:
+    left = STEP_LIMIT
+
+    def limited(*bounds: int) -> Iterator[int] | range:
+        nonlocal left
+        numbers = range(*bounds)
+        left -= len(numbers)
+        if left < 0:
+            raise SecurityError("range() gives too many numbers")
+        return numbers
+
+    return limited
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
