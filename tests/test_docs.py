@@ -130,6 +130,11 @@ def test_the_changelog_and_the_package_agree_on_the_version() -> None:
     assert released[0].split()[0] == edge_align.__version__ == project["version"]
 
 
+def test_the_documentation_installs_the_pytorch_that_is_pinned() -> None:
+    pinned = re.findall(r"^torch==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.findall(r"torch==\S+", (ROOT / "README.md").read_text(encoding="utf-8")) == pinned
+
+
 def examples() -> list[tuple[str, str]]:
     """(format's name, example) of every example in docs/formats.md, by the heading it stands under."""
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
