@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -270,3 +271,12 @@ def test_the_patterns_find_what_they_look_for() -> None:
     assert MACHINE_PATHS.search("open('/{}/main/x')".format("work"))
     assert not MACHINE_PATHS.search("https://a.example/{}/c".format("work"))
     assert HOSTS.search("https://{}.org/simple".format("pypi"))
+
+
+def test_tests_reach_this_machine_only() -> None:
+    with pytest.raises(AssertionError, match="without a network"):
+        socket.create_connection(("192.0.2.1", 80), timeout=0.1)  # an address reserved for documentation (RFC 5737)
+    with pytest.raises(AssertionError, match="without a network"):
+        socket.getaddrinfo("example.org", 80)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        pass
