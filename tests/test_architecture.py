@@ -280,3 +280,10 @@ def test_tests_reach_this_machine_only() -> None:
         socket.getaddrinfo("example.org", 80)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
         pass
+
+
+def test_the_installer_can_be_read_by_an_old_python() -> None:
+    text = (ROOT / "scripts" / "install.py").read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 7))  # else its message about the version is never seen
+    with pytest.raises(SyntaxError):
+        ast.parse("(a := 1)", feature_version=(3, 7))
