@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -96,8 +97,7 @@ def install(python: Path, extras: list[str], *, log: Path) -> None:
         try:
             watch(process, log, started)
         except BaseException:
-            os.killpg(process.pid, 15)
-            process.wait()
+            stop(process)
             raise
     if process.returncode:
         print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
@@ -117,6 +117,17 @@ def watch(process: "subprocess.Popen[bytes]", log: Path, started: float) -> None
             say(f"\r{line:<100.100}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n")
     if sys.stdout.isatty() and shown > started:
         say("\r" + " " * 100 + "\r", end="")
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End pip and the compilers it started; asked politely, it removes its temporary files."""
+    for how in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(process.pid, how)
+        try:
+            process.wait(timeout=10)
+            return
+        except subprocess.TimeoutExpired:
+            pass
 
 
 def activity(log: Path) -> str:
