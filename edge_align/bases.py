@@ -39,7 +39,7 @@ class BaseModel:
 
     @cached_property
     def hash(self) -> str:
-        """Tagged hash of the file ("sha256:<hex>"); read once per file and remembered in `hash_cache`. Raises StorageError."""
+        """Tagged sha256 of the file, read once and remembered in `hash_cache`. Raises StorageError."""
         return cached_hash(self.path, self.hash_cache) if self.hash_cache else sha256_file(self.path)
 
     @property

@@ -222,7 +222,7 @@ class LlamaCppBackend:
         keep = common_prefix(self._cached, tokens)
         if not keep == len(tokens) == len(self._cached):
             keep -= keep % chunk
-        if keep < len(self._cached) and not context.forget(0, keep):
+        if not context.forget(0, keep):  # also what an answer that was never ended has decoded
             keep = 0
         self._cached = self._cached[:keep]
         try:
