@@ -1,0 +1,51 @@
+"""`edge-align export`: what a base needs before anyone can personalise it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge_align.cli.options import App, json_option, runtime_options
+from edge_align.cli.output import emit_json, show_facts, size, stages
+from edge_align.config import RuntimeConfig
+
+
+@click.group("export")
+def command() -> None:
+    """Prepare a base model for personalisation: once per base, for everyone who uses it."""
+
+
+@command.command("pack")
+@click.option("--model", metavar="ID|GGUF", required=True, help="The base: a known id or a GGUF file.")
+@click.option("--recipe", type=click.Choice(["linear"]), default="linear", help="How the pack is made.")
+@click.option("--out", metavar="DIR", help="Where to put it.  [default: the home folder, where it is found]")
+@click.option(
+    "--fast", is_flag=True, show_default=False, help="Use ready-made texts instead of sampling: quicker, less exact."
+)
+@runtime_options
+@json_option
+@click.pass_obj
+def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime: RuntimeConfig) -> None:
+    """Build the latent pack of a base.
+
+    Samples answers of the base and finds the directions in which they differ. Takes minutes to hours, most of it for
+    sampling; a stopped run goes on where it was when the command is repeated.
+    """
+    from edge_align_export.pack import build_pack
+
+    with stages() as progress:
+        report = build_pack(
+            home=app.home,
+            model=model,
+            recipe=recipe,
+            out=None if out is None else Path(out),
+            fast=fast,
+            runtime=runtime,
+            progress=progress,
+        )
+    if app.json:
+        emit_json(report)
+    else:
+        show_facts([(key, str(value)) for key, value in report.items()])
+    _ = size
