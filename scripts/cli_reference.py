@@ -25,12 +25,13 @@ HEAD = """\
 Written by `scripts/cli_reference.py` from the help of each command; change it there.
 
 What holds for every command: data goes to stdout, talk and progress to stderr. `--json` puts exactly one JSON document
-on stdout, `{"error": {"type", "message"}}` when the command fails. An error is one line on stderr.
+on stdout, `{"error": {"type", "message"}}` when the command fails. An error is one line on stderr; with
+`EDGE_ALIGN_DEBUG=1` its traceback comes before it.
 
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | an engine failed, `doctor` found something broken, or an unexpected error (`EDGE_ALIGN_DEBUG=1` shows the traceback) |
+| 1 | an engine failed, `doctor` found something broken, or an unexpected error |
 | 2 | wrong usage or bad input: a file, an option, a model, a profile, the disk |
 | 130 | stopped with Ctrl-C |
 """

@@ -49,7 +49,7 @@ class DoubleAssistant:
     def stream(self, prompt, *, sampling, strength=1.0, steered=True, cancelled=None):
         who = self.profile.name if self.profile and steered else "base"
         seed = "" if self.same_answers else f" with seed {sampling.seed}"
-        for part in (f"{who} answers ", f"{prompt[-1].content!r}", seed):
+        for part in (f"{who} answers ", f"'{prompt[-1].content}'", seed):
             if cancelled is not None and cancelled():
                 yield self.last("cancelled")
                 return

@@ -40,7 +40,7 @@ def test_without_a_profile_the_base_answers_and_says_so_unless_asked_for(run, en
 
 
 def test_the_prompt_can_come_from_stdin(run, engine):
-    assert run("generate", "-", input="Grüß\ndich\n").stdout == "default answers 'Grüß\\ndich' with seed 0\n"
+    assert run("generate", "-", input="Grüß\ndich\n").stdout == "default answers 'Grüß\ndich' with seed 0\n"
     result = run("generate", "-", input=b"\xff\xfe")
     assert (result.exit_code, result.stderr) == (2, "Error: the prompt on stdin is not UTF-8 text\n")
 
