@@ -136,7 +136,9 @@ def activity(log: Path) -> str:
         words = line.strip()
         if words.startswith("Building wheel for"):
             return f"compiling {words.split()[3]}"
-        if words.startswith(("Collecting", "Downloading", "Installing", "Using cached")):
+        if words.startswith("Installing collected packages"):
+            return "unpacking what was downloaded"
+        if words.startswith(("Collecting", "Downloading", "Using cached", "Installing")):
             return words[:70]
     return "starting pip"
 
