@@ -57,6 +57,7 @@ edge_align.simulation.foreign
 edge_align.pack
 edge_align.encoder
 edge_align.gguf_header
+edge_align.gguf_tensors
 edge_align.bases
 edge_align.registry
 edge_align.runtime
