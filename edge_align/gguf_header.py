@@ -10,13 +10,14 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 from edge_align.errors import ModelLoadError
 
 COUNT_LIMIT = 1_000_000  # key-value pairs or tensors; real files have hundreds
+HEAD_LIMIT = 65_536  # attention heads
 KEPT_TEXT = 1 << 20  # bytes of a string value that are kept
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -44,15 +45,25 @@ Value = str | int | float | bool | GGUFArray
 
 
 @dataclass(frozen=True, slots=True)
+class GGUFTensor:
+    """Where a tensor lies. `shape` is ggml's, fastest dimension first; n_bytes is 0 for a type not known here."""
+
+    shape: tuple[int, ...]
+    type: int  # ggml type
+    offset: int  # bytes from the start of the file
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a header says; `tensors` maps a name to its ggml shape (fastest dimension first)."""
+    """What a header says; `tensors` is keyed by name."""
 
     version: int
     architecture: str
     n_layer: int
     d_model: int
     metadata: dict[str, Value] = field(repr=False)
-    tensors: dict[str, tuple[int, ...]] = field(repr=False)
+    tensors: dict[str, GGUFTensor] = field(repr=False)
 
 
 class _Bad(Exception):
@@ -167,6 +178,10 @@ def _check_keys(metadata: dict[str, Value]) -> tuple[str, int, int]:
         if not isinstance(value, int) or not 0 < value <= COUNT_LIMIT:
             raise _Bad(f"{architecture}.{name} is {value!r}")
         sizes.append(value)
+    for name, value in metadata.items():
+        limit = HEAD_LIMIT if "head_count" in name else 1 << 31  # C multiplies these as 32-bit numbers
+        if name.startswith(f"{architecture}.") and isinstance(value, int) and not 0 <= value < limit:
+            raise _Bad(f"{name} is {value}")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, GGUFArray) or tokens.type != _STRING or not tokens.count:
         raise _Bad("it has no vocabulary")
@@ -182,8 +197,8 @@ def _check_keys(metadata: dict[str, Value]) -> tuple[str, int, int]:
     return architecture, sizes[0], sizes[1]
 
 
-def _tensor_table(c: _Cursor, n_tensors: int, alignment: int) -> dict[str, tuple[int, ...]]:
-    tensors: dict[str, tuple[int, ...]] = {}
+def _tensor_table(c: _Cursor, n_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
+    tensors: dict[str, GGUFTensor] = {}
     end = 0
     for _ in range(n_tensors):
         name = c.text(63)
@@ -199,8 +214,8 @@ def _tensor_table(c: _Cursor, n_tensors: int, alignment: int) -> dict[str, tuple
         if shape[0] % block:
             raise _Bad(f"rows of the tensor {name!r} are not whole blocks")
         end = max(end, offset + size // block * n_bytes)
-        tensors[name] = shape
+        tensors[name] = GGUFTensor(shape, kind, offset, size // block * n_bytes)
     data = c.at + -c.at % alignment
     if data + end > c.size:
         raise _Bad(f"it is truncated: {data + end} bytes are needed, {c.size} are there")
-    return tensors
+    return {name: replace(tensor, offset=data + tensor.offset) for name, tensor in tensors.items()}
