@@ -36,7 +36,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_header_is_read_as_it_was_written(small: Path) -> None:
     header = read_header(small)
     assert (header.architecture, header.n_layer, header.d_model) == ("llama", 2, 32)
-    assert header.tensors == {"token_embd.weight": (32, 3), "output.weight": (32, 3)}
+    shapes = {name: (tensor.shape, tensor.type, tensor.n_bytes) for name, tensor in header.tensors.items()}
+    assert shapes == {"token_embd.weight": ((32, 3), 0, 384), "output.weight": ((32, 3), 1, 192)}
     assert header.metadata["tokenizer.ggml.tokens"] == GGUFArray(8, 3)
 
 
