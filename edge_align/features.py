@@ -1,0 +1,140 @@
+"""What the encoder side of a pack reads: pooled hidden states of an answer, and pooled embeddings of a prompt.
+
+An answer passes alone, without its prompt, through the base's first two blocks: measured as good as with the prompt
+in front, and cheaper (docs/decisions/0004). A prompt is described by its token embeddings alone, so that a
+prompt-dependent profile needs neither torch nor a forward pass when it is applied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edge_align.errors import BackendUnavailable
+from edge_align.gguf_tensors import GGUFTensors
+
+N_BLOCKS = 2
+MAX_TOKENS = 512  # of an answer; the rest says little more about its style
+TOKENS_PER_BATCH = 8192
+LENGTH_WEIGHT = 5.0  # brings log2(length) to the spread of the other features' leading directions
+
+Hidden = Callable[[Sequence[Sequence[int]]], list[tuple[np.ndarray, ...]]]
+
+
+def n_feature(d_model: int) -> int:
+    """Length of an answer's feature vector."""
+    return (N_BLOCKS + 1) * d_model + 1
+
+
+def pool(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """Hidden states of one answer, one (T, d_model) array per block, -> features (n_feature,) float32.
+
+    The mean over tokens after each block, the root mean square after the last one, and the log length.
+    """
+    mean = [states.mean(0) for states in blocks]
+    spread = np.sqrt((blocks[-1].astype(np.float64) ** 2).mean(0))
+    length = LENGTH_WEIGHT * math.log(len(blocks[0]))
+    return np.concatenate([*mean, spread, [length]]).astype(np.float32)
+
+
+def prompt_features(tensors: GGUFTensors, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """(n, d_model) float32: the mean token embedding of each prompt (token ids of its last turn's text)."""
+    used = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in prompts]))
+    table = tensors.rows("token_embd.weight", used)
+    return np.stack([table[np.searchsorted(used, p)].mean(0) for p in prompts]).astype(np.float32)
+
+
+class AnswerEncoder:
+    """Answer token ids -> features, through the first two blocks in PyTorch.
+
+    bfloat16 where the processor has matrix instructions for it (`reason` says what was chosen), else float32.
+    Raises BackendUnavailable for an architecture the PyTorch module does not compute (then see `native_encoder`).
+    """
+
+    def __init__(self, path: Path, *, bf16: bool | None = None) -> None:
+        import torch
+
+        from edge_align.runtime.torch_ref import LlamaReference
+
+        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self.reason = "bfloat16" if fast else "float32: this processor has no bfloat16 instructions"
+        if bf16 is not None:
+            fast, self.reason = bf16, ("bfloat16" if bf16 else "float32") + ": asked for"
+        self._model = LlamaReference(path, n_layer=N_BLOCKS, dtype=torch.bfloat16 if fast else torch.float32)
+
+    def encode(self, answers: Sequence[Sequence[int]], *, on_done: Callable[[int], None] | None = None) -> np.ndarray:
+        """(n, n_feature) float32, in the order given. Each answer has at least one token."""
+        import torch
+
+        out = np.empty((len(answers), n_feature(self._model.shape.d_model)), np.float32)
+        cut = [list(answer[:MAX_TOKENS]) for answer in answers]
+        order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
+        done = 0
+        with torch.inference_mode():
+            for rows in batches(order, [len(answer) for answer in cut], TOKENS_PER_BATCH):
+                out[rows] = self._batch([cut[i] for i in rows])
+                done += len(rows)
+                if on_done is not None:
+                    on_done(done)
+        return out
+
+    def _batch(self, answers: list[list[int]]) -> np.ndarray:
+        import torch
+
+        lengths = torch.tensor([len(answer) for answer in answers])
+        tokens = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long)
+        for row, answer in zip(tokens, answers, strict=True):
+            row[: len(answer)] = torch.tensor(answer)
+        real = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).to(self._model.dtype)
+        _, blocks = self._model.hidden(tokens, layers=range(N_BLOCKS))
+        # sums over real tokens as one small product per row, accumulated in float32 by the matrix kernel
+        weight = (real / lengths[:, None].to(self._model.dtype))[:, None, :].float()
+        mean = [(weight @ states.float())[:, 0] for states in blocks]
+        spread = (weight @ blocks[-1].float().square())[:, 0].sqrt()
+        length = LENGTH_WEIGHT * lengths.float().log()[:, None]
+        return torch.cat([*mean, spread, length], dim=1).numpy()
+
+
+def batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive runs of `order` (sorted by length) whose padded size stays within `budget` tokens."""
+    found: list[list[int]] = []
+    for i in order:
+        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+class NativeAnswerEncoder:
+    """The same features through llama.cpp, for architectures PyTorch does not compute here; slower."""
+
+    reason = "llama.cpp: PyTorch does not compute this architecture here"
+
+    def __init__(self, path: Path) -> None:
+        from edge_align.runtime.activations import ActivationReader
+
+        self._reader = ActivationReader.open(path)
+
+    def encode(self, answers: Sequence[Sequence[int]], *, on_done: Callable[[int], None] | None = None) -> np.ndarray:
+        """As `AnswerEncoder.encode`."""
+        rows = []
+        for i, answer in enumerate(answers):
+            rows.append(pool(list(self._reader.hidden(answer[:MAX_TOKENS], range(N_BLOCKS)))))
+            if on_done is not None:
+                on_done(i + 1)
+        return np.stack(rows)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def open_encoder(path: Path) -> AnswerEncoder | NativeAnswerEncoder:
+    """PyTorch where it computes this architecture, else llama.cpp."""
+    try:
+        return AnswerEncoder(path)
+    except BackendUnavailable:
+        return NativeAnswerEncoder(path)

@@ -1,0 +1,236 @@
+"""Latent DPO: learning a person's p(z|x) from latents alone (arXiv 2412.20834, section on Latent DPO).
+
+For a pair, latents are drawn from the prior N(0, I) and from the posteriors q(z|x, chosen), q(z|x, rejected). The
+density ratio of the two posteriors ranks the draws; the policy is trained by
+
+    loss = - log sigmoid( beta * ( g(z_a) - g(z_b) ) )   over ordered pairs (a ranked above b),
+    g(z) = log p(z|x) - log N(z; 0, I).
+
+The policy is a diagonal Gaussian, an exponential family: g(z) = a . z + b . z^2 + const with a = mu / var and
+b = (1 - 1 / var) / 2. In (a, b) the loss is convex, flipping a pair's label flips the sign of its draws' differences,
+and no draw has to be repeated while training. So many fits (cross-validation folds x label permutations) run as one
+batch. The language model never runs here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class LatentDPOConfig:
+    """Hyper-parameters; `docs/decisions/` says how each was measured."""
+
+    beta: float = 0.1  # DPO temperature (paper, table of hyper-parameters)
+    draws: int = 16  # latents from each of prior, q(chosen), q(rejected)
+    evidence: float = 0.25  # share of ordered pairs of draws kept, largest reward gaps first
+    contrasts: int = 12  # of those, how many are used per pair (an unbiased subsample)
+    prior_precision: float = 0.25  # L2 on a, as if this many pairs' worth of evidence for mu = 0
+    variance_precision: float = 4.0  # L2 on b; keeps var near 1
+    max_norm: float = 8.0  # |mu| is clipped here: the prior's own radius at k = 64
+    head_precision: float = 8.0  # L2 on the prompt-dependent head
+    head_rank: int = 2
+    steps: int = 60
+
+
+@dataclass(frozen=True, slots=True)
+class LatentFeedback:
+    """Feedback as training sees it: posterior means in the pack's latent space, no text.
+
+    chosen, rejected (n, k); rated (m, k); rated_up (m,) bool; features of the prompts (n, p), (m, p);
+    weights (n,), (m,); groups (n,), (m,) int, equal for equal prompts. All float32 unless said.
+    """
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    pair_features: np.ndarray
+    pair_weight: np.ndarray
+    pair_group: np.ndarray
+    rated: np.ndarray
+    rated_up: np.ndarray
+    rated_features: np.ndarray
+    rated_weight: np.ndarray
+    rated_group: np.ndarray
+
+    @property
+    def k(self) -> int:
+        return int(self.chosen.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Contrasts:
+    """Fixed draws as statistics of the policy's log-ratio: g(z_a) - g(z_b) = phi . (a, b).
+
+    pairs (n, S, 2k): (z_a - z_b, z_a^2 - z_b^2); rated (m, S, 2k): (z, z^2 - 1).
+    """
+
+    pairs: torch.Tensor
+    rated: torch.Tensor
+
+
+def draw_contrasts(feedback: LatentFeedback, variance: np.ndarray, *, config: LatentDPOConfig, seed: int) -> Contrasts:
+    """Sample latents and keep the contrasts with the clearest reward gap. variance (k,): the posteriors' own."""
+    rng = torch.Generator().manual_seed(seed)
+    var = torch.from_numpy(np.asarray(variance, dtype=np.float32))
+    chosen, rejected = torch.from_numpy(feedback.chosen), torch.from_numpy(feedback.rejected)
+    n, k, d = len(chosen), feedback.k, config.draws
+    noise = torch.randn(n, 3 * d, k, generator=rng)
+    centre = torch.stack([torch.zeros_like(chosen), chosen, rejected], 1).repeat_interleave(d, 1)
+    spread = torch.stack([torch.ones_like(var), var.sqrt(), var.sqrt()]).repeat_interleave(d, 0)
+    z = centre + noise * spread  # (n, 3d, k)
+    # log q(z|chosen) - log q(z|rejected); the sigmoid makes it the paper's reward in (0, 1)
+    score = (z * ((chosen - rejected) / var)[:, None]).sum(-1) - ((chosen**2 - rejected**2) / (2 * var)).sum(-1)[
+        :, None
+    ]
+    reward = torch.sigmoid(score)
+    gap = (reward[:, :, None] - reward[:, None, :]).flatten(1)  # (n, (3d)^2), z_a - z_b
+    kept = int(gap.shape[1] * config.evidence)
+    best = gap.topk(kept, dim=1).indices if n else gap.new_zeros((0, kept), dtype=torch.long)
+    pick = best.gather(1, torch.randint(kept, (n, config.contrasts), generator=rng))
+    za = z.gather(1, (pick // (3 * d))[..., None].expand(-1, -1, k))
+    zb = z.gather(1, (pick % (3 * d))[..., None].expand(-1, -1, k))
+    rated = torch.from_numpy(feedback.rated)
+    zr = rated[:, None] + torch.randn(len(rated), config.contrasts, k, generator=rng) * var.sqrt()
+    return Contrasts(torch.cat([za - zb, za**2 - zb**2], -1), torch.cat([zr, zr**2 - 1], -1))
+
+
+def latent_dpo_loss(
+    theta: torch.Tensor,
+    contrasts: Contrasts,
+    pair_weight: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """Loss of V policies at once, summed over rows, before regularisation.
+
+    theta (V, 2k) natural parameters (a, b); pair_weight (V, n), negative for a flipped pair; up, down (V, m) weights
+    of the ratings under each labelling. Ratings take the KTO form (arXiv 2402.01306, eq. 7-8) on latents.
+    Returns (V,).
+    """
+    loss = theta.new_zeros(len(theta))
+    if contrasts.pairs.shape[0]:
+        n, s, _ = contrasts.pairs.shape
+        gap = beta * (theta @ contrasts.pairs.flatten(0, 1).T).view(-1, n, s)
+        sign, weight = pair_weight.sign(), pair_weight.abs()
+        loss = loss + (F.softplus(-gap * sign[..., None]).mean(-1) * weight).sum(-1)
+    if contrasts.rated.shape[0]:
+        m, s, _ = contrasts.rated.shape
+        ratio = beta * (theta @ contrasts.rated.flatten(0, 1).T).view(-1, m, s)
+        # The reference point is the policy's mean log-ratio over all rated answers: with a prompt-independent
+        # policy every answer is as good a mismatch as any other.
+        seen = (up + down).clamp(max=1.0)
+        zero = ((ratio.mean(-1) * seen).sum(-1) / seen.sum(-1).clamp(min=1.0)).clamp(min=0.0).detach()[:, None, None]
+        value_up = 1 - torch.sigmoid(ratio - zero)
+        value_down = 1 - torch.sigmoid(zero - ratio)
+        # x4 gives a rating at theta = 0 the gradient of a KTO row at its steepest, half that of a pair's softplus
+        loss = loss + 2 * ((value_up.mean(-1) * up) + (value_down.mean(-1) * down)).sum(-1)
+    return loss
+
+
+def balance(labels: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KTO weights of ups and downs so that neither side outweighs the other. (V, m) bool, (V, m) -> two (V, m)."""
+    up, down = weight * labels, weight * ~labels
+    n_up, n_down = up.sum(-1, keepdim=True), down.sum(-1, keepdim=True)
+    total = (n_up + n_down) / 2
+    both = (n_up > 0) & (n_down > 0)
+    up = torch.where(both, up * total / n_up.clamp(min=1e-9), up)
+    down = torch.where(both, down * total / n_down.clamp(min=1e-9), down)
+    return up, down
+
+
+def fit_batch(
+    contrasts: Contrasts,
+    pair_weight: torch.Tensor,
+    rated_labels: torch.Tensor,
+    rated_weight: torch.Tensor,
+    *,
+    k: int,
+    config: LatentDPOConfig,
+) -> torch.Tensor:
+    """Natural parameters (V, width) of V policies by accelerated gradient descent from the prior (theta = 0).
+
+    width is 2k, or 2k + k p with a prompt head (`with_head`). pair_weight (V, n): 0 leaves a pair out, a negative
+    weight flips it. rated_labels, rated_weight (V, m).
+    Deterministic. The step is 1 / L with L a bound on the loss's curvature, so no learning rate is tuned.
+    """
+    versions = pair_weight.shape[0]
+    width = contrasts.pairs.shape[2]
+    up, down = balance(rated_labels, rated_weight)
+    precision = [config.prior_precision] * k + [config.variance_precision] * k
+    ridge = torch.tensor(precision + [config.head_precision] * (width - 2 * k)) * config.beta**2
+    rows = torch.cat([contrasts.pairs.flatten(0, 1), contrasts.rated.flatten(0, 1)])
+    per_row = rows.shape[0] / max(1, contrasts.pairs.shape[0] + contrasts.rated.shape[0])
+    largest = torch.linalg.eigvalsh(rows.T @ rows)[-1] / per_row  # curvature of the summed loss with all rows in
+    heaviest = max(
+        float(pair_weight.abs().max()) if pair_weight.numel() else 0.0, float((up + down).max()) if up.numel() else 0.0
+    )
+    curvature = 0.25 * config.beta**2 * largest * max(heaviest, 1e-9) + ridge.max()
+    theta = torch.zeros(versions, width)
+    ahead = theta
+    for step in range(config.steps):
+        point = ahead.detach().requires_grad_()
+        loss = latent_dpo_loss(point, contrasts, pair_weight, up, down, config.beta).sum()
+        (gradient,) = torch.autograd.grad(loss + 0.5 * (point**2 * ridge).sum(), point)
+        moved = point.detach() - gradient / curvature
+        ahead = moved + (step / (step + 3)) * (moved - theta)
+        theta = moved
+    return theta
+
+
+def with_head(contrasts: Contrasts, feedback: LatentFeedback) -> Contrasts:
+    """Contrasts of a policy whose natural mean is a + A f(x): (z_a - z_b) f(x)' joins them, (.., 2k + k p)."""
+    k = feedback.k
+
+    def extended(rows: torch.Tensor, features: np.ndarray) -> torch.Tensor:
+        outer = rows[:, :, :k, None] * torch.from_numpy(features)[:, None, None, :]
+        return torch.cat([rows, outer.flatten(2)], -1)
+
+    return Contrasts(
+        extended(contrasts.pairs, feedback.pair_features), extended(contrasts.rated, feedback.rated_features)
+    )
+
+
+def fit(contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDPOConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (k,) float32 of a prompt-independent p(z), from all rows."""
+    theta = _fit_all(contrasts, feedback, config=config)
+    return to_gaussian(theta, max_norm=config.max_norm)
+
+
+def fit_head(
+    contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDPOConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """mean (k,), variance (k,), head_in (r, p), head_out (k, r): the mean is mean + head_out @ head_in @ f(x)."""
+    k = feedback.k
+    theta = _fit_all(with_head(contrasts, feedback), feedback, config=config)
+    mean, variance = to_gaussian(theta[: 2 * k], max_norm=config.max_norm)
+    full = (theta[2 * k :].view(k, -1)).numpy() * variance[:, None]
+    u, s, vt = np.linalg.svd(full, full_matrices=False)
+    rank = min(config.head_rank, len(s))
+    return mean, variance, vt[:rank].astype(np.float32), (u[:, :rank] * s[:rank]).astype(np.float32)
+
+
+def _fit_all(contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDPOConfig) -> torch.Tensor:
+    return fit_batch(
+        contrasts,
+        torch.from_numpy(feedback.pair_weight)[None],
+        torch.from_numpy(feedback.rated_up)[None],
+        torch.from_numpy(feedback.rated_weight)[None],
+        k=feedback.k,
+        config=config,
+    )[0]
+
+
+def to_gaussian(theta: torch.Tensor, *, max_norm: float) -> tuple[np.ndarray, np.ndarray]:
+    """Natural parameters (2k,) -> mean and variance (k,) float32; variance in [1/4, 4], |mean| <= max_norm."""
+    k = theta.shape[0] // 2
+    var = 1.0 / (1.0 - 2.0 * theta[k:]).clamp(0.25, 4.0)
+    mean = theta[:k] * var
+    norm = float(mean.norm())
+    if norm > max_norm:
+        mean = mean * (max_norm / norm)
+    return mean.numpy().astype(np.float32), var.numpy().astype(np.float32)

@@ -1,0 +1,128 @@
+"""The learning half of `personalize`: texts to latents, latents to a preference encoder and what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_align.bases import BaseModel
+from edge_align.config import RuntimeConfig
+from edge_align.encoder import PreferenceEncoder
+from edge_align.features import MAX_TOKENS, open_encoder, prompt_features
+from edge_align.gate import cross_validate, earns_head, HeldOut, split_half_reliability, wilson
+from edge_align.gguf_tensors import GGUFTensors
+from edge_align.latent_dpo import draw_contrasts, fit, fit_head, LatentDPOConfig, LatentFeedback
+from edge_align.pack import LatentPack
+from edge_align.pairs import Dataset
+from edge_align.records import Prompt
+from edge_align.runtime.llamacpp import LlamaCppBackend
+
+MAX_LATENTS = 64
+"""Prompts over which the KL of a prompt-dependent profile is averaged."""
+
+SUPPORT = 3.0
+"""An answer whose latent is longer than this many prior radii (sqrt k) lies outside the pack's support."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """A fitted encoder (scale 1), the latents it gives on the training prompts (n, k), and the evidence for it."""
+
+    encoder: PreferenceEncoder
+    latents: np.ndarray
+    heldout: HeldOut
+    reliability: float  # of the direction, 0..1: split-half correlation stepped up to all rows
+    outside_support: float  # share of answers the pack knows little about
+
+
+def encode_dataset(
+    base: BaseModel,
+    pack: LatentPack,
+    dataset: Dataset,
+    *,
+    runtime: RuntimeConfig | None = None,
+    tell: Callable[[float], None] = lambda _done: None,
+) -> LatentFeedback:
+    """Latents of every answer, each text encoded once, and the head inputs of every prompt."""
+    texts: dict[str, int] = {}
+    for pair in dataset.pairs:
+        texts.setdefault(pair.chosen, len(texts))
+        texts.setdefault(pair.rejected, len(texts))
+    for rating in dataset.ratings:
+        texts.setdefault(rating.completion, len(texts))
+    prompts: dict[Prompt, int] = {}
+    for prompt in [*(pair.prompt for pair in dataset.pairs), *(rating.prompt for rating in dataset.ratings)]:
+        prompts.setdefault(prompt, len(prompts))
+    threads = 0 if runtime is None else runtime.n_threads
+    with LlamaCppBackend.open(base.path, config=RuntimeConfig(n_ctx=64, n_threads=threads)) as backend:
+        # far more characters than MAX_TOKENS tokens ever cover need not be tokenised
+        answers = [backend.tokenize(text[: MAX_TOKENS * 32]) or [0] for text in texts]
+        questions = [backend.tokenize(prompt[-1].content[: MAX_TOKENS * 32]) or [0] for prompt in prompts]
+    encoder = open_encoder(base.path)
+    z = pack.encode(encoder.encode(answers, on_done=lambda n: tell(n / len(answers))))
+    described = prompt_features(GGUFTensors(base.path), questions)
+    inputs, expected = pack.head_inputs(described), pack.expected(described)
+
+    def latents(found: list[tuple[str, Prompt]]) -> np.ndarray:
+        if not found:
+            return np.zeros((0, pack.k), np.float32)
+        raw: np.ndarray = z[[texts[text] for text, _ in found]]
+        return raw - expected[[prompts[prompt] for _, prompt in found]]
+
+    pair_group = np.array([prompts[pair.prompt] for pair in dataset.pairs], dtype=np.int64)
+    rated_group = np.array([prompts[rating.prompt] for rating in dataset.ratings], dtype=np.int64)
+    return LatentFeedback(
+        chosen=latents([(pair.chosen, pair.prompt) for pair in dataset.pairs]),
+        rejected=latents([(pair.rejected, pair.prompt) for pair in dataset.pairs]),
+        pair_features=inputs[pair_group],
+        pair_weight=np.array([pair.weight for pair in dataset.pairs], dtype=np.float32),
+        pair_group=pair_group,
+        rated=latents([(rating.completion, rating.prompt) for rating in dataset.ratings]),
+        rated_up=np.array([rating.label for rating in dataset.ratings], dtype=bool),
+        rated_features=inputs[rated_group],
+        rated_weight=np.array([rating.weight for rating in dataset.ratings], dtype=np.float32),
+        rated_group=rated_group,
+    )
+
+
+def learn(pack: LatentPack, feedback: LatentFeedback, *, seed: int, config: LatentDPOConfig | None = None) -> Learnt:
+    """Latent DPO on encoded feedback: gate, head selection and final fit on all rows. Deterministic by seed."""
+    config = config or LatentDPOConfig()
+    contrasts = draw_contrasts(feedback, pack.variance, config=config, seed=seed)
+    heldout = cross_validate(feedback, contrasts, config=config, seed=seed)
+    mean, variance = fit(contrasts, feedback, config=config)
+    head_in = np.zeros((0, pack.prompt_projection.shape[1]), np.float32)
+    head_out = np.zeros((pack.k, 0), np.float32)
+    if earns_head(feedback, contrasts, config=config, seed=seed):
+        mean, variance, head_in, head_out = fit_head(contrasts, feedback, config=config)
+    encoder = PreferenceEncoder(mean=mean, variance=variance, head_in=head_in, head_out=head_out, scale=1.0)
+    inputs = np.concatenate([feedback.pair_features, feedback.rated_features])
+    if encoder.depends_on_prompt:
+        latents = np.stack([encoder.latent(row) for row in inputs[:MAX_LATENTS]])
+    else:
+        latents = encoder.latent()[None]
+    every = np.concatenate([feedback.chosen, feedback.rejected, feedback.rated])
+    return Learnt(
+        encoder=encoder,
+        latents=latents,
+        heldout=heldout,
+        reliability=split_half_reliability(feedback, contrasts, config=config, seed=seed),
+        outside_support=float((np.linalg.norm(every, axis=1) > SUPPORT * np.sqrt(pack.k)).mean()),
+    )
+
+
+def preference_accuracy(encoder: PreferenceEncoder, feedback: LatentFeedback) -> dict[str, float]:
+    """Share of pairs in which p(z|x) gives the chosen answer's latent the higher log-ratio to the prior."""
+    a = encoder.mean / encoder.variance
+    b = 0.5 * (1.0 - 1.0 / encoder.variance)
+    slope = np.broadcast_to(a, feedback.chosen.shape)
+    if encoder.depends_on_prompt:
+        slope = slope + (feedback.pair_features @ encoder.head_in.T @ encoder.head_out.T) / encoder.variance
+    margin = (slope * (feedback.chosen - feedback.rejected)).sum(1)
+    margin = margin + ((feedback.chosen**2 - feedback.rejected**2) * b).sum(1)
+    n = len(margin)
+    correct = float((margin > 0).sum() + 0.5 * (margin == 0).sum())
+    low, high = wilson(correct, n)
+    return {"accuracy": correct / n, "ci_low": low, "ci_high": high, "n": n}

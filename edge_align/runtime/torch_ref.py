@@ -1,0 +1,333 @@
+"""A small Llama in PyTorch with the GGUF's own (dequantised) weights.
+
+Three uses: its first blocks are the answer encoder (`edge_align.features`), the whole of it is the reference that
+other engines are compared with, and its batches may carry a different steering vector in every row.
+Weights are those of the GGUF, so q and k are laid out for ggml's interleaved rotary embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from edge_align.config import SamplingConfig
+from edge_align.errors import BackendUnavailable, ModelLoadError
+from edge_align.gguf_header import GGUFHeader
+from edge_align.gguf_tensors import GGUFTensors
+
+SUPPORTED = ("llama",)
+"""Values of `general.architecture` this module computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaShape:
+    """Sizes and constants of a Llama checkpoint, under edge-align's names."""
+
+    n_layer: int
+    d_model: int
+    n_head: int
+    n_head_kv: int
+    n_vocab: int
+    rope_base: float
+    rms_eps: float
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+
+def read_shape(header: GGUFHeader) -> LlamaShape:
+    """Shape of a checkpoint. Raises BackendUnavailable for an architecture other than `SUPPORTED`."""
+    if header.architecture not in SUPPORTED:
+        raise BackendUnavailable(f"PyTorch computes {', '.join(SUPPORTED)} models here, not {header.architecture!r}")
+
+    def value(key: str, default: float | None = None) -> float:
+        found = header.metadata.get(f"{header.architecture}.{key}", default)
+        if not isinstance(found, int | float):
+            raise ModelLoadError(f"the GGUF has no usable {header.architecture}.{key}")
+        return found
+
+    n_head = int(value("attention.head_count"))
+    return LlamaShape(
+        n_layer=header.n_layer,
+        d_model=header.d_model,
+        n_head=n_head,
+        n_head_kv=int(value("attention.head_count_kv", n_head)),
+        n_vocab=header.tensors["token_embd.weight"].shape[1],
+        rope_base=value("rope.freq_base", 10000.0),
+        rms_eps=value("attention.layer_norm_rms_epsilon"),
+    )
+
+
+@dataclass(slots=True)
+class Block:
+    """Weights of one decoder block; projections that read the same input are stored stacked."""
+
+    attn_norm: torch.Tensor  # (d_model,)
+    qkv: torch.Tensor  # (d_model + 2 * n_head_kv * d_head, d_model)
+    out: torch.Tensor  # (d_model, d_model)
+    ffn_norm: torch.Tensor  # (d_model,)
+    gate_up: torch.Tensor  # (2 * d_ff, d_model)
+    down: torch.Tensor  # (d_model, d_ff)
+
+
+class LlamaReference:
+    """The model, or its first `n_layer` blocks.
+
+    dtype: float32 for parity, bfloat16 for speed (the residual stream then is bfloat16 too).
+    Raises ModelLoadError when the file is not a readable GGUF, BackendUnavailable for other architectures.
+    """
+
+    def __init__(self, path: str | Path, *, n_layer: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.tensors = GGUFTensors(Path(path))
+        self.shape = read_shape(self.tensors.header)
+        self.dtype = dtype
+        self.n_layer = self.shape.n_layer if n_layer is None else min(n_layer, self.shape.n_layer)
+        self.blocks = [self._block(il) for il in range(self.n_layer)]
+        self._embedding: torch.Tensor | None = None
+        self._head: torch.Tensor | None = None
+        half = self.shape.d_head // 2
+        self._inv_freq = self.shape.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+
+    def _weights(self, *names: str) -> torch.Tensor:
+        return torch.cat([torch.from_numpy(self.tensors.read(name)) for name in names]).to(self.dtype)
+
+    def _block(self, il: int) -> Block:
+        p = f"blk.{il}."
+        return Block(
+            attn_norm=self._weights(p + "attn_norm.weight"),
+            qkv=self._weights(p + "attn_q.weight", p + "attn_k.weight", p + "attn_v.weight"),
+            out=self._weights(p + "attn_output.weight"),
+            ffn_norm=self._weights(p + "ffn_norm.weight"),
+            gate_up=self._weights(p + "ffn_gate.weight", p + "ffn_up.weight"),
+            down=self._weights(p + "ffn_down.weight"),
+        )
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(…,) int64 token ids -> (…, d_model); only the rows in use are dequantised."""
+        if self._embedding is not None:
+            return F.embedding(tokens, self._embedding)
+        used, inverse = torch.unique(tokens, return_inverse=True)
+        return F.embedding(
+            inverse, torch.from_numpy(self.tensors.rows("token_embd.weight", used.numpy())).to(self.dtype)
+        )
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, d_model) residual stream after the last block -> (…, n_vocab) logits."""
+        if self._head is None:
+            self._embedding = self._weights("token_embd.weight")
+            self._head = (
+                self._weights("output.weight") if "output.weight" in self.tensors.header.tensors else self._embedding
+            )
+            self._head_norm = self._weights("output_norm.weight")
+        return F.linear(self._norm(hidden, self._head_norm), self._head)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self.shape.d_model,), weight, self.shape.rms_eps)
+
+    def rotary(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, T) positions -> (B, 1, T, d_head / 2) unit complex numbers."""
+        angles = positions.to(torch.float64)[:, None, :, None] * self._inv_freq
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+    def _rotate(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+    def block(
+        self,
+        il: int,
+        x: torch.Tensor,
+        rotary: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Output of block `il` for x (B, T, d_model); mask (B, 1, T, S) True where a query may look."""
+        w, s = self.blocks[il], self.shape
+        batch, length, _ = x.shape
+        widths = [s.d_model, s.n_head_kv * s.d_head, s.n_head_kv * s.d_head]
+        q, k, v = torch.split(F.linear(self._norm(x, w.attn_norm), w.qkv), widths, dim=-1)  # type: ignore[no-untyped-call]
+        q = self._rotate(q.view(batch, length, s.n_head, s.d_head).transpose(1, 2), rotary)
+        k = self._rotate(k.view(batch, length, s.n_head_kv, s.d_head).transpose(1, 2), rotary)
+        v = v.view(batch, length, s.n_head_kv, s.d_head).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(il, k, v)
+        if length == 1 and mask is not None:
+            y = attend_one(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        x = x + F.linear(y.transpose(1, 2).reshape(batch, length, s.d_model), w.out)
+        gate, up = F.linear(self._norm(x, w.ffn_norm), w.gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, w.down)
+
+    # -- whole passes ----------------------------------------------------------------------------------------------
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        *,
+        vectors: torch.Tensor | None = None,
+        steered: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Residual stream after the last block held, and the outputs of `layers`, for right-padded rows.
+
+        tokens (B, T) int64; vectors (B or 1, n_layer, d_model) added at the positions where steered (B, T) is True.
+        """
+        batch, length = tokens.shape
+        rotary = self.rotary(torch.arange(length)[None])
+        x = self.embed(tokens)
+        kept = []
+        for il in range(self.n_layer):
+            x = self.block(il, x, rotary, None)
+            if vectors is not None and il > 0:
+                delta = vectors[:, il, None, :].to(x.dtype)
+                x = x + (delta if steered is None else delta * steered[..., None])
+            if il in layers:
+                kept.append(x)
+        return x, kept
+
+    @torch.inference_mode()
+    def score(self, prompt: Sequence[int], completion: Sequence[int], vectors: np.ndarray | None = None) -> np.ndarray:
+        """Teacher-forced logits (len(completion), n_vocab) float32; steered from the last prompt token on."""
+        tokens = torch.tensor([[*prompt, *completion[:-1]]])
+        steered = torch.arange(tokens.shape[1])[None] >= len(prompt) - 1
+        steering = None if vectors is None else torch.from_numpy(np.array(vectors))[None]
+        hidden, _ = self.hidden(tokens, vectors=steering, steered=steered)
+        return self.head(hidden[0, len(prompt) - 1 :]).float().numpy()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: SamplingConfig,
+        eos: Sequence[int],
+        vectors: np.ndarray | None = None,
+        batch: int = 64,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """One answer per prompt (token ids, `eos` kept when reached), in the order given.
+
+        vectors: (n_layer, d_model) for all rows or (n_rows, n_layer, d_model) with a row for each.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers: list[list[int]] = [[] for _ in prompts]
+        rng = torch.Generator().manual_seed(sampling.seed)
+        done = 0
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            steering = None
+            if vectors is not None:
+                chosen = vectors[rows] if vectors.ndim == 3 else vectors[None]
+                steering = torch.from_numpy(np.ascontiguousarray(chosen))
+            for i, answer in zip(
+                rows, self._sample_batch([prompts[i] for i in rows], sampling, set(eos), steering, rng), strict=True
+            ):
+                answers[i] = answer
+            done += len(rows)
+            if on_done is not None:
+                on_done(done)
+        return answers
+
+    def _sample_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        eos: set[int],
+        steering: torch.Tensor | None,
+        rng: torch.Generator,
+    ) -> list[list[int]]:
+        lengths = torch.tensor([len(p) for p in prompts])
+        longest = int(lengths.max())
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = torch.tensor(prompt)
+        cache = KVCache(self, len(prompts), longest + sampling.max_tokens)
+        if longest > 1:  # prefill all but the last prompt token, unsteered
+            x = self.embed(tokens[:, :-1])
+            rotary = self.rotary(torch.arange(longest - 1)[None])
+            for il in range(self.n_layer):
+                x = self.block(il, x, rotary, None, cache)
+        cache.lengths = lengths - 1
+        answers: list[list[int]] = [[] for _ in prompts]
+        alive = torch.arange(len(prompts))
+        current = tokens[alive, lengths - 1]
+        for _ in range(sampling.max_tokens):
+            rotary = self.rotary(cache.lengths[:, None])
+            span = int(cache.lengths.max()) + 1
+            mask = (torch.arange(span)[None] <= cache.lengths[:, None])[:, None, None, :]
+            x = self.embed(current[:, None])
+            for il in range(self.n_layer):
+                x = self.block(il, x, rotary, mask, cache)
+                if steering is not None and il > 0:
+                    rows = steering if steering.shape[0] == 1 else steering[alive]
+                    x = x + rows[:, il, None, :].to(x.dtype)
+            cache.lengths = cache.lengths + 1
+            current = draw(self.head(x[:, 0]).float(), sampling, rng)
+            keep = []
+            for j, token in enumerate(current.tolist()):
+                answers[int(alive[j])].append(token)
+                if token not in eos:
+                    keep.append(j)
+            if not keep:
+                break
+            if len(keep) < len(current):
+                kept = torch.tensor(keep)
+                alive, current = alive[kept], current[kept]
+                cache.select(kept)
+        return answers
+
+
+def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of one query per row: two batched products are several times faster here than the fused kernel."""
+    batch, heads, _, width = q.shape
+    grouped = q.view(batch, k.shape[1], heads // k.shape[1], width) * width**-0.5
+    weights = (grouped @ k.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf).softmax(-1)
+    mixed: torch.Tensor = weights.to(v.dtype) @ v
+    return mixed.view(batch, heads, 1, width)
+
+
+def draw(logits: torch.Tensor, sampling: SamplingConfig, rng: torch.Generator) -> torch.Tensor:
+    """One token per row of logits (B, n_vocab): top-k, then top-p, then temperature."""
+    if sampling.temperature == 0.0:
+        return logits.argmax(-1)
+    values, indices = logits.topk(min(sampling.top_k, logits.shape[-1]))
+    before = values.softmax(-1).cumsum(-1).roll(1, -1)
+    before[:, 0] = 0.0
+    values = (values / sampling.temperature).masked_fill(before >= sampling.top_p, -torch.inf)
+    values[:, 0] = values[:, 0].nan_to_num(neginf=0.0)
+    return indices.gather(-1, torch.multinomial(values.softmax(-1), 1, generator=rng))[:, 0]
+
+
+class KVCache:
+    """Keys and values of a batch, rows of different length; one slot is written per row and step."""
+
+    def __init__(self, model: LlamaReference, batch: int, length: int) -> None:
+        s = model.shape
+        size = (model.n_layer, batch, s.n_head_kv, length, s.d_head)
+        self.keys = torch.zeros(size, dtype=model.dtype)
+        self.values = torch.zeros(size, dtype=model.dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.long)
+
+    def append(self, il: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k, v (B, n_head_kv, T, d_head) after what each row holds; returns everything up to the longest."""
+        if k.shape[2] == 1:
+            rows = torch.arange(k.shape[0])
+            self.keys[il, rows, :, self.lengths] = k[:, :, 0]
+            self.values[il, rows, :, self.lengths] = v[:, :, 0]
+            span = int(self.lengths.max()) + 1
+            return self.keys[il, :, :, :span], self.values[il, :, :, :span]
+        self.keys[il, :, :, : k.shape[2]] = k
+        self.values[il, :, :, : v.shape[2]] = v
+        return k, v
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows only."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]

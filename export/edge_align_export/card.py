@@ -1,0 +1,33 @@
+"""The model card of a pack: what it is, how it was made, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def card(manifest: Mapping[str, Any]) -> str:
+    """Markdown for people; every figure is from the manifest."""
+    health = manifest["health"]
+    minutes = sum(manifest["seconds"].values()) / 60
+    return f"""# Latent pack for {manifest["base"]}
+
+Maps answers to {manifest["k"]} latents and latents to steering vectors for blocks {manifest["layers"][0]} to
+{manifest["layers"][1]} of one base model. Everyone who uses this base shares the pack; it holds nothing of any person.
+It fits the base with hash `{manifest["base_hash"]}` and no other.
+
+Made by `{manifest["command"]}` with edge-align {manifest["edge_align"]} from {manifest["answers"]} answers, in
+{minutes:.0f} minutes. The answers are the base's own to the prompts of set `pack` (`edge_align.simulation.prompts`),
+sampled at temperature 1, top-k 100, top-p 0.95, seed {manifest["config"]["seed"]}.
+
+| health | value |
+| --- | --- |
+| held-out R2 of the deep latents, read from the first two blocks | {health["r2"]} |
+| predicted against measured KL, median factor | {health["kl_factor_median"]} |
+| the same, worst of {manifest["config"]["curve_points"]} directions and radii | {health["kl_factor_worst"]} |
+| closed loop: share of an injected latent that comes back in the answers | {health["loop_gain"]} |
+| closed loop: cosine between what was injected and what came back | {health["loop_cosine"]} |
+
+Limits: latents describe how the base itself varies its answers. A taste that the base never shows by chance cannot be
+read from them, and prompts in other languages were not part of the sample.
+"""

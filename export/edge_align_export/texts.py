@@ -1,0 +1,97 @@
+"""Answers that a pack is made from: sampled from the base, or (fast) committed texts; kept chunk by chunk on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_align.config import SamplingConfig
+from edge_align.files import write_atomic
+from edge_align.records import user_prompt
+from edge_align.runtime.llamacpp import LlamaCppBackend
+from edge_align.simulation.foreign import foreign_pairs
+
+CHUNK = 16  # prompts sampled, and kept, at a time
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Several answers to each of many prompts. prompts[i] and completions[i] are token ids; groups[i] the prompt."""
+
+    questions: list[str]
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    groups: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+def sample_answers(
+    backend: LlamaCppBackend,
+    questions: Sequence[str],
+    *,
+    per_prompt: int,
+    sampling: SamplingConfig,
+    work: Path,
+    tell: Callable[[float], None],
+) -> Answers:
+    """Sample from the base; chunks already in `work` are taken from there, so a stopped run goes on."""
+    rows: list[tuple[list[int], list[int], int]] = []
+    for start in range(0, len(questions), CHUNK):
+        chunk = questions[start : start + CHUNK]
+        rendered = [backend.render(user_prompt(question)) for question in chunk]
+        path = work / f"answers-{start:05d}.json"
+        kept = _read(path, n=len(chunk) * per_prompt)
+        if kept is None:
+            seeded = SamplingConfig(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                seed=sampling.seed + start * per_prompt,
+            )
+            repeated = [prompt for prompt in rendered for _ in range(per_prompt)]
+            kept = [list(answer.tokens) for answer in backend.generate_batch(repeated, vectors=None, sampling=seeded)]
+            write_atomic(path, json.dumps(kept).encode())
+        for i, tokens in enumerate(kept):
+            if len(tokens) > 2:
+                rows.append((rendered[i // per_prompt], tokens, start + i // per_prompt))
+        tell((start + len(chunk)) / len(questions))
+    return Answers(
+        questions=list(questions),
+        prompts=[row[0] for row in rows],
+        completions=[row[1] for row in rows],
+        groups=np.array([row[2] for row in rows]),
+    )
+
+
+def committed_answers(backend: LlamaCppBackend, *, max_tokens: int) -> Answers:
+    """Hand-written answers that ship with edge-align: no sampling, but styles the base may not have."""
+    by_prompt: dict[str, set[str]] = {}
+    for pair in foreign_pairs("plain", n=1_000, rng=np.random.default_rng(0)):
+        by_prompt.setdefault(pair.prompt[-1].content, set()).update((pair.chosen, pair.rejected))
+    rows = []
+    for group, (question, texts) in enumerate(by_prompt.items()):
+        prompt = backend.render(user_prompt(question))
+        rows += [(prompt, backend.tokenize(text)[:max_tokens], group) for text in sorted(texts)]
+    return Answers(
+        questions=list(by_prompt),
+        prompts=[row[0] for row in rows],
+        completions=[row[1] for row in rows],
+        groups=np.array([row[2] for row in rows]),
+    )
+
+
+def _read(path: Path, *, n: int) -> list[list[int]] | None:
+    """A kept chunk, or None when there is none or it is not whole."""
+    try:
+        kept = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(kept, list) and len(kept) == n and all(isinstance(tokens, list) for tokens in kept)
+    return kept if whole else None
