@@ -22,6 +22,7 @@ from edge_align.cli.options import (
 )
 from edge_align.cli.output import emit_json, say
 from edge_align.config import check_strength, RuntimeConfig, SamplingConfig
+from edge_align.errors import InputError
 
 
 @click.command("chat")
@@ -53,6 +54,8 @@ def command(
     from edge_align.cli.conversation import Conversation
 
     check_strength(strength)
+    if no_profile and profile is not None:
+        raise InputError("--no-profile cannot be combined with --profile; drop one of them")
     with open_assistant(app, model=model, profile=profile, use_profile=not no_profile, runtime=runtime) as assistant:
         conversation = Conversation(
             assistant,

@@ -74,12 +74,15 @@ def command(
     for text in texts:
         check_text("prompt", text)
     check_name("profile", profile)
+    from edge_align.registry import find_pack
+
     questions = [*islice(cycle(texts or compare_prompts()), rounds)]
     picks: Counter[str] = Counter()
     with (
         FeedbackLog(app.home) as log,
         open_assistant(app, model=model, profile=None, use_profile=False, runtime=runtime) as assistant,
     ):
+        find_pack(assistant.base, app.home)  # not after the last pick: without a pack nothing can be learnt
         for number, question in enumerate(questions):
             say(f"\n{number + 1}/{rounds}  {question}")
             prompt = user_prompt(question)

@@ -50,7 +50,7 @@ def command(ctx: click.Context, model: str | None, runtime: RuntimeConfig) -> No
     if app.json:
         emit_json({"ok": not broken, "checks": [asdict(check) for check in checks]})
     else:
-        show_table(("check", "", "found"), [(check.name, check.status, check.detail) for check in checks])
+        show_table(("check", "status", "found"), [(check.name, check.status, check.detail) for check in checks])
     if broken:
         say(f"Error: {plural(len(broken), 'check')} failed: {', '.join(check.name for check in broken)}")
         ctx.exit(1)

@@ -13,7 +13,11 @@ from edge_align.cli.output import emit_json, one_line
 from edge_align.errors import EdgeAlignError
 
 DEBUG = "EDGE_ALIGN_DEBUG"
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Interrupted(Exception):
+    """Ctrl-C, out of reach of click, which would print a line of its own."""
 
 
 def guarded(run: Callable[[], object], *, args: Sequence[str]) -> int:
@@ -33,8 +37,8 @@ def guarded(run: Callable[[], object], *, args: Sequence[str]) -> int:
         if wants_json:
             _document("UsageError", error.format_message())
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("Interrupted", "interrupted", INTERRUPTED, wants_json)
+    except (Interrupted, click.Abort, KeyboardInterrupt):
+        return _fail("Interrupted", "interrupted", EXIT_INTERRUPTED, wants_json)
     except OSError as error:
         if error.errno == errno.EPIPE:
             return 1

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from edge_align.cli.options import App, json_option, model_option, profile_option, runtime_options, stdin_bytes
+from edge_align.cli.options import App, json_option, model_option, profile_option, stdin_bytes, threads_option
 from edge_align.cli.output import emit_json, show_facts
-from edge_align.cli.report import dropped_lines
+from edge_align.cli.report import accuracy_in_words, dropped_lines, rows_in_words
 from edge_align.config import RuntimeConfig
 
 
@@ -24,7 +24,7 @@ from edge_align.config import RuntimeConfig
 @profile_option("Profile to test.  [default: the one in use]", fallback=None)
 @model_option
 @click.option("--user", metavar="ID", help="Whose verdicts to read from a chat export of several users.")
-@runtime_options
+@threads_option
 @json_option
 @click.pass_obj
 def command(
@@ -45,3 +45,10 @@ def command(
     result = evaluate(home=app.home, sources=sources, profile=profile, model=model, user=user, runtime=runtime)
     if app.json:
         emit_json(result)
+        return
+    rows = result["rows"]
+    facts = [("Rows", rows_in_words(rows))]
+    facts += [("", line) for line in dropped_lines(rows["dropped"], more=rows["dropped_more"])]
+    facts.append(("Profile", f"{result['profile']} version {result['version']} on {result['model']}"))
+    facts.append(("Accuracy", accuracy_in_words(result["heldout"])))
+    show_facts(facts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
 from edge_align.cli.options import App, json_option, runtime_options
-from edge_align.cli.output import emit_json, show_facts, size, stages
+from edge_align.cli.output import emit_json, say, show_facts, size, stages
+from edge_align.cli.report import time_in_words
 from edge_align.config import RuntimeConfig
 
 
@@ -32,20 +34,33 @@ def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime
     Samples answers of the base and finds the directions in which they differ. Takes minutes to hours, most of it for
     sampling; a stopped run goes on where it was when the command is repeated.
     """
+    from edge_align.bases import find_base
+    from edge_align.registry import estimate_minutes
     from edge_align_export.pack import build_pack
 
-    with stages() as progress:
+    home = app.home
+    base = find_base(model, hash_cache=home.hash_cache)
+    time = "minutes" if fast else f"about {max(1, round(estimate_minutes(base))):,} minutes on this machine"
+    say(f"Building the latent pack of {base.id}; this takes {time}. If it is stopped, repeat the command to go on.")
+    with stages(lines=True) as progress:
         report = build_pack(
-            home=app.home,
+            home=home,
             model=model,
             recipe=recipe,
-            out=None if out is None else Path(out),
+            out=None if out is None else Path(out).absolute(),
             fast=fast,
             runtime=runtime,
             progress=progress,
         )
     if app.json:
         emit_json(report)
-    else:
-        show_facts([(key, str(value)) for key, value in report.items()])
-    _ = size
+        return
+    facts = [
+        ("Pack", f"{report['pack']} ({size(report['bytes'])})"),
+        ("Latents", f"{report['k']}, from {report['answers']:,} answers"),
+        ("Time", time_in_words(report["seconds"])),
+        ("Health", ", ".join(f"{name} {value:.3g}" for name, value in report["health"].items())),
+    ]
+    if out is None:
+        facts.append(("Next", f"edge-align personalize --model {shlex.quote(model)} --feedback FILE"))
+    show_facts(facts)

@@ -24,7 +24,6 @@ from edge_align.records import DroppedRow, FeedbackRow, user_prompt
 from edge_align.store import FeedbackLog
 
 LISTED_DROPPED = 1000  # dropped rows named in JSON; a file may have millions
-TRAINED_ROWS = 2000  # the newest rows, which training uses
 
 log_profile = profile_option("Profile whose log it is.")
 user_option = click.option("--user", metavar="ID", help="Whose verdicts to read from a chat export of several users.")
@@ -236,9 +235,11 @@ def list_(app: App, profile: str, limit: int, offset: int) -> None:
 @click.pass_obj
 def stats(app: App, profile: str) -> None:
     """Count the log of a profile, and the pairs that training makes of it."""
+    from edge_align.personalize import NEWEST
+
     with FeedbackLog(app.home) as log:
         counts = log.stats(profile)
-        dataset = build(log.rows(profile, newest=TRAINED_ROWS))
+        dataset = build(log.rows(profile, newest=NEWEST))
     pairs = count_by_origin(dataset.pairs)
     if app.json:
         emit_json(

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from edge_align import __version__
-from edge_align.cli.door import guarded
+from edge_align.cli.door import guarded, Interrupted
 from edge_align.cli.options import App
 
 COMMANDS = {
@@ -46,8 +46,13 @@ class Root(click.Group):
             formatter.write_dl([*COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        result = super().invoke(ctx)
-        sys.stdout.flush()  # here, where a closed pipe or a full disk still meets the door
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a closed pipe or a full disk still meets the door
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                click.echo(err=True)  # the terminal shows ^C without a newline
+            raise Interrupted from None
         return result
 
     def main(

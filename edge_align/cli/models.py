@@ -8,7 +8,7 @@ import click
 
 from edge_align.cli.options import App, json_option
 from edge_align.cli.output import emit_json, say, show_facts, show_table, size
-from edge_align.errors import ArtefactError, EdgeAlignError, PackMissing
+from edge_align.errors import PackMissing
 
 if TYPE_CHECKING:
     from edge_align.bases import BaseModel
@@ -27,13 +27,23 @@ def command() -> None:
 @json_option
 @click.pass_obj
 def list_(app: App) -> None:
-    """List the known bases, and the packs on this machine."""
+    """List the known bases, installed or not, with their packs."""
     from edge_align.bases import DEFAULT_BASE
     from edge_align.registry import known_models
 
     models = known_models(app.home)
     if app.json:
         emit_json({"default": DEFAULT_BASE, "models": models})
+        return
+    rows = []
+    for model in models:
+        installed = "installed" if model["path"] else "not installed"
+        default = "default" if model["id"] == DEFAULT_BASE else ""
+        rows.append((model["id"], default, installed, _pack(model["pack"]), model["title"]))
+    show_table(("id", "", "file", "pack", "title"), rows)
+    for model in models:
+        if "error" in model:
+            say(f"Note: {model['error']}")
 
 
 @command.command("show")
@@ -41,12 +51,11 @@ def list_(app: App) -> None:
 @json_option
 @click.pass_obj
 def show(app: App, model: str | None) -> None:
-    """Show a base: its file, its sizes and its latent pack. MODEL is an id or a GGUF file, by default our default."""
+    """Show a base: its file, its sizes and its latent pack. MODEL is an id or a GGUF file, else the default base."""
     from edge_align.bases import find_base
 
-    home = app.home
-    base = find_base(model, hash_cache=home.hash_cache)
-    document = describe(base, home)
+    base = find_base(model, hash_cache=app.home.hash_cache)
+    document = _describe(base, app.home)
     if app.json:
         emit_json(document)
         return
@@ -55,10 +64,44 @@ def show(app: App, model: str | None) -> None:
         ("Model", document["id"]),
         ("File", f"{document['path']} ({size(document['size_bytes'])})"),
         ("Hash", document["hash"]),
-        ("Architecture", f"{document['architecture']}, {base.n_layer} blocks of width {base.d_model}"),
+        ("Architecture", f"{base.header.architecture}, {base.n_layer} blocks of width {base.d_model}"),
+        ("Pack", document["pack_error"] if pack is None else f"{_pack(pack)}, {pack['hash']}"),
     ]
-    if pack is None:
-        facts.append(("Pack", document["pack_error"]))
-    else:
-        facts.append(("Pack", f"{pack['k']} latents, recipe {pack['recipe']}, {size(pack['size_bytes'])}"))
+    if pack is not None:
+        facts += [(f"  {key}", f"{value:.4g}") for key, value in pack["health"].items() if isinstance(value, float)]
     show_facts(facts)
+
+
+def _describe(base: BaseModel, home: Home) -> dict[str, Any]:
+    """A base and its pack, for people and programs."""
+    from edge_align.registry import estimate_minutes, find_pack
+
+    described, missing, minutes = None, None, None
+    try:
+        pack = find_pack(base, home)
+        described = {
+            "k": pack.k,
+            "recipe": pack.manifest.get("recipe"),
+            "hash": pack.hash,
+            "health": pack.manifest.get("health", {}),
+        }
+    except PackMissing as error:
+        missing, minutes = str(error), estimate_minutes(base)
+    return {
+        "id": base.id,
+        "path": str(base.path),
+        "size_bytes": base.path.stat().st_size,
+        "hash": base.hash,
+        "architecture": base.header.architecture,
+        "n_layer": base.n_layer,
+        "d_model": base.d_model,
+        "pack": described,
+        "pack_error": missing,
+        "estimate_minutes": minutes,
+    }
+
+
+def _pack(pack: dict[str, Any] | None) -> str:
+    if pack is None:
+        return "none"
+    return f"{pack['k']} latents, recipe {pack['recipe']}"

@@ -86,21 +86,33 @@ def sampling_options(function: Command) -> Command:
     return wrapper  # type: ignore[return-value]
 
 
-def runtime_options(function: Command) -> Command:
-    """The options of RuntimeConfig; the command gets `runtime`."""
+RUNTIME = {
+    "n_gpu_layers": ("--n-gpu-layers", "Blocks to run on the GPU, where the engine was built for one; -1 is all."),
+    "n_threads": ("--threads", "Threads of the engine; 0 is one per physical core."),
+    "n_ctx": ("--n-ctx", "Size of the context window in tokens."),
+}
 
+
+def _with_runtime(function: Command, names: tuple[str, ...]) -> Command:
     @functools.wraps(function)
-    def wrapper(*args: Any, n_ctx: int, n_threads: int, n_gpu_layers: int, **others: Any) -> Any:
-        runtime = RuntimeConfig(n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-        return function(*args, runtime=runtime, **others)
+    def wrapper(*args: Any, **given: Any) -> Any:
+        runtime = RuntimeConfig(**{name: given.pop(name) for name in names})
+        return function(*args, runtime=runtime, **given)
 
-    for flag, name, text in (
-        ("--n-gpu-layers", "n_gpu_layers", "Blocks to run on the GPU, where the engine was built for one; -1 is all."),
-        ("--threads", "n_threads", "Threads of the engine; 0 is one per physical core."),
-        ("--n-ctx", "n_ctx", "Size of the context window in tokens."),
-    ):
+    for name in names:
+        flag, text = RUNTIME[name]
         wrapper = click.option(flag, name, type=int, default=default(RuntimeConfig, name), help=text)(wrapper)
     return wrapper  # type: ignore[return-value]
+
+
+def runtime_options(function: Command) -> Command:
+    """The options of RuntimeConfig; the command gets `runtime`."""
+    return _with_runtime(function, tuple(RUNTIME))
+
+
+def threads_option(function: Command) -> Command:
+    """--threads alone, for commands that generate nothing; the command gets `runtime`."""
+    return _with_runtime(function, ("n_threads",))
 
 
 def strength_option(function: Command) -> Command:

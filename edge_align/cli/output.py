@@ -128,10 +128,20 @@ def plural(count: int, noun: str) -> str:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, float], None]]:
-    """A function to report (stage, fraction done) to: bars on stderr where that is a terminal, else silence."""
+def stages(*, lines: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """A function to report (stage, fraction done) to: bars on stderr where that is a terminal.
+
+    Elsewhere silence or, with `lines`, one line when a stage begins.
+    """
     if not sys.stderr.isatty():
-        yield lambda _stage, _done: None
+        begun: set[str] = set()
+
+        def mention(stage: str, _done: float) -> None:
+            if lines and stage not in begun:
+                say(f"- {stage}")
+            begun.add(stage)
+
+        yield mention
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -11,8 +11,8 @@ from edge_align.cli.options import (
     json_option,
     model_option,
     profile_option,
-    runtime_options,
     stdin_bytes,
+    threads_option,
 )
 from edge_align.cli.output import emit_json, stages
 from edge_align.config import default, RuntimeConfig, SamplingConfig
@@ -40,7 +40,7 @@ from edge_align.config import default, RuntimeConfig, SamplingConfig
 @click.option("--seed", type=int, default=default(SamplingConfig, "seed"), help="Seed of the training.")
 @click.option("--no-activate", is_flag=True, show_default=False, help="Keep the new version, but do not switch to it.")
 @click.option("--force", is_flag=True, show_default=False, help="Switch to it even when it cannot be told from chance.")
-@runtime_options
+@threads_option
 @json_option
 @click.pass_obj
 def command(
@@ -63,9 +63,8 @@ def command(
     from edge_align.cli.report import show_report
     from edge_align.personalize import personalize, PersonalizeConfig, Source
 
-    config = PersonalizeConfig(seed=seed, activate=not no_activate, force=force)
-    if kl_budget is not None:
-        config = PersonalizeConfig(kl_budget=kl_budget, seed=seed, activate=not no_activate, force=force)
+    budget = default(PersonalizeConfig, "kl_budget") if kl_budget is None else kl_budget
+    config = PersonalizeConfig(kl_budget=budget, seed=seed, activate=not no_activate, force=force)
     sources = [Source("stdin", stdin_bytes()) if name == "-" else Source(name, Path(name)) for name in files]
     with stages() as progress:
         report = personalize(

@@ -16,10 +16,13 @@ Report = Mapping[str, Any]
 
 def show_report(report: Report) -> None:
     """The report and the next command to type, on stdout."""
-    rows, origins, ratings = report["rows"], report["pairs"], report.get("ratings", 0)
-    facts = [("Rows", f"{rows['read']:,} read, {rows['used']:,} used, {len(rows['dropped']):,} dropped")]
-    facts += [("", line) for line in dropped_lines(rows["dropped"])]
-    facts.append(("Pairs", pairs_in_words(origins, ratings)))
+    rows = report["rows"]
+    facts = [("Rows", rows_in_words(rows))]
+    facts += [("", line) for line in dropped_lines(rows["dropped"], more=rows["dropped_more"])]
+    facts.append(("Log", log_in_words(rows)))
+    facts.append(("Pairs", pairs_in_words(report["pairs"], report["ratings"])))
+    if report["outside_support"] is not None:
+        facts.append(("Answers", f"{100 * report['outside_support']:.0f} % lie outside what the latent pack covers"))
     facts.append(("Accuracy", accuracy_in_words(report["heldout"])))
     if report["scale"] is not None:
         kl = report["predicted_kl"]
@@ -28,6 +31,19 @@ def show_report(report: Report) -> None:
     facts.append(("Profile", profile_in_words(report)))
     facts.append(("Next", next_command(report)))
     show_facts(facts)
+
+
+def rows_in_words(rows: Mapping[str, Any]) -> str:
+    dropped = len(rows["dropped"]) + rows["dropped_more"]
+    return f"{rows['read']:,} read, {rows['used']:,} used, {dropped:,} dropped"
+
+
+def log_in_words(rows: Mapping[str, Any]) -> str:
+    """How many rows the profile has in all, and how many of them were trained on."""
+    text = plural(rows["logged"], "row")
+    if rows["duplicates"]:
+        text += f", {rows['duplicates']:,} of those read were there already"
+    return text if rows["trained_on"] == rows["logged"] else f"{text}; the newest {rows['trained_on']:,} are used"
 
 
 def dropped_lines(dropped: Sequence[Mapping[str, Any]], *, more: int = 0) -> list[str]:
@@ -44,14 +60,13 @@ def pairs_in_words(origins: Mapping[str, int], ratings: int) -> str:
 
 
 def accuracy_in_words(heldout: Mapping[str, Any] | None) -> str:
-    """Cross-validated accuracy with its interval and permutation p."""
+    """Accuracy on held-out verdicts with its interval, and the permutation p where there is one."""
     if heldout is None:
         return "not tested yet"
     low, high = 100 * heldout["ci_low"], 100 * heldout["ci_high"]
-    return (
-        f"predicts {100 * heldout['accuracy']:.0f} % of {heldout['n']:,} held-out preferences "
-        f"(95 % interval {low:.0f}-{high:.0f} %), chance p = {_p(heldout['p'])}"
-    )
+    text = f"predicts {100 * heldout['accuracy']:.0f} % of {heldout['n']:,} held-out preferences "
+    text += f"(95 % interval {low:.0f}-{high:.0f} %)"
+    return f"{text}, chance p = {_p(heldout['p'])}" if "p" in heldout else text
 
 
 def _p(p: float) -> str:
@@ -77,7 +92,7 @@ def next_command(report: Report) -> str:
     option = "" if name == DEFAULT_PROFILE else f" --profile {name}"
     if report["activated"]:
         return f'edge-align generate "How do I get better at cooking?" --compare{option}'
-    if report.get("state") == "learnt":
+    if report["state"] == "learnt":
         return f"edge-align profiles use {name} --version {report['version']}"
     return f"edge-align compare{option}"
 

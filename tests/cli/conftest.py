@@ -1,6 +1,4 @@
-import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
 
 import pytest
 from cli_double import DoubleAssistant, Report
@@ -43,12 +41,7 @@ def engine(monkeypatch, home) -> Iterator[type[DoubleAssistant]]:
         arguments["progress"]("fit", 0.5)
         return Report(profile=arguments["profile"])
 
-    modules = {"assistant": {"Assistant": Engine}, "personalize": {"personalize": personalize}}
-    for name, members in modules.items():
-        module = ModuleType(f"edge_align.{name}")
-        if name == "personalize":
-            module.PersonalizeConfig = SimpleNamespace
-            module.Source = lambda name, open: SimpleNamespace(name=name, open=open)
-        module.__dict__.update(members)
-        monkeypatch.setitem(sys.modules, f"edge_align.{name}", module)
+    monkeypatch.setattr("edge_align.personalize.personalize", personalize)
+    monkeypatch.setattr("edge_align.assistant.Assistant", Engine)
+    monkeypatch.setattr("edge_align.registry.find_pack", lambda _base, _home: None)
     yield Engine

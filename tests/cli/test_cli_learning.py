@@ -1,13 +1,28 @@
+import dataclasses
+import inspect
 import io
 import json
 from pathlib import Path
 
 import pytest
-from cli_double import REPORT
+from cli_double import DoubleAssistant, REPORT
 
+from edge_align.assistant import Assistant
 from edge_align.cli.report import accuracy_in_words, next_command, show_report
+from edge_align.errors import PackMissing
+from edge_align.personalize import evaluate, personalize, PersonalizeReport
 from edge_align.simulation.prompts import compare_prompts
 from edge_align.store import FeedbackLog
+from edge_align_export.pack import build_pack
+
+
+def test_the_double_takes_and_gives_what_the_engine_does():
+    for name in ("open", "set_profile", "stream", "rate", "prefer", "learn"):
+        real = inspect.signature(getattr(Assistant, name)).parameters
+        double = inspect.signature(getattr(DoubleAssistant, name)).parameters
+        assert {*double} <= {*real}, name
+        assert all(real[key].kind == double[key].kind for key in double), name
+    assert {*REPORT} == {field.name for field in dataclasses.fields(PersonalizeReport)}
 
 
 def test_personalize_passes_its_options_and_prints_the_document(run, engine, home):
@@ -22,6 +37,7 @@ def test_personalize_passes_its_options_and_prints_the_document(run, engine, hom
     assert [source.name for source in asked["sources"]] == ["a.jsonl", "stdin"]
     assert asked["sources"][0].open == Path("a.jsonl")
     assert isinstance(asked["sources"][1].open, io.IOBase)
+    assert {*asked} <= {*inspect.signature(personalize).parameters}
     assert (asked["home"], asked["profile"], asked["model"], asked["user"]) == (home, "work", "m.gguf", "u")
     config = asked["config"]
     assert (config.kl_budget, config.seed, config.activate, config.force) == (0.5, 4, False, True)
@@ -39,7 +55,9 @@ def test_the_report_in_words(run, engine):
         "Rows      12 read, 10 used, 2 dropped",
         "          a.jsonl:4: chosen is empty",
         "          a.jsonl:4: chosen is empty",
+        "Log       11 rows, 1 of those read were there already",
         "Pairs     10 (9 preference, 1 edit), and 1 single rating",
+        "Answers   2 % lie outside what the latent pack covers",
         "Accuracy  predicts 87 % of 10 held-out preferences (95 % interval 79-92 %), chance p = .005",
         "Strength  scale 2.31, predicted KL 0.25 nats per token",
         "Time      read 0.1 s, encode 1.5 s, fit 0.2 s, together 1.9 s",
@@ -62,6 +80,7 @@ def test_a_refused_and_a_collecting_report_say_why_and_what_to_do(capsys):
     assert "not active: it cannot be told from chance; about 30 more verdicts are needed" in text
     assert "Next      edge-align compare --profile work" in text
     collecting = REPORT | {"activated": False, "state": "collecting", "version": None, "heldout": None, "scale": None}
+    collecting |= {"outside_support": None, "reliability": None}
     show_report(collecting | {"reason": "5 of at least 8 verdicts", "predicted_kl": None, "profile_bytes": 0})
     text = capsys.readouterr().out
     assert "Accuracy  not tested yet" in text and "5 of at least 8 verdicts" in text and "Strength" not in text
@@ -137,6 +156,16 @@ def test_equal_answers_are_not_shown(run, engine):
     assert shown_answers(result.stderr) == []
 
 
+def test_compare_says_before_the_first_round_when_the_base_cannot_learn(run, engine, monkeypatch):
+    def missing(_base, _home):
+        raise PackMissing("double has no latent pack yet")
+
+    monkeypatch.setattr("edge_align.registry.find_pack", missing)
+    result = run("compare", input="a\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "Error: double has no latent pack yet\n"
+
+
 @pytest.mark.parametrize(
     "arguments", [("--rounds", "0"), ("--temperature", "0"), ("--prompt", " "), ("--profile", "a/b")]
 )
@@ -144,3 +173,63 @@ def test_compare_refuses_what_cannot_work(run, engine, arguments):
     result = run("compare", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("Error: ") and engine.opened == []
+
+
+def test_eval_says_how_often_the_profile_was_right(run, home, monkeypatch):
+    asked = {}
+
+    def double(**arguments):
+        inspect.signature(evaluate).bind(**arguments)
+        asked.update(arguments)
+        rows = {"read": 42, "used": 40, "dropped": REPORT["rows"]["dropped"], "dropped_more": 0}
+        heldout = {"accuracy": 0.75, "ci_low": 0.6, "ci_high": 0.86, "n": 40}
+        return {"profile": "work", "version": 2, "model": "double", "rows": rows, "heldout": heldout}
+
+    monkeypatch.setattr("edge_align.personalize.evaluate", double)
+    result = run("eval", "--feedback", "held.jsonl", "--profile", "work", "--user", "u", "--model", "m")
+    assert result.stdout.splitlines() == [
+        "Rows      42 read, 40 used, 2 dropped",
+        "          a.jsonl:4: chosen is empty",
+        "          a.jsonl:4: chosen is empty",
+        "Profile   work version 2 on double",
+        "Accuracy  predicts 75 % of 40 held-out preferences (95 % interval 60-86 %)",
+    ]
+    assert (asked["profile"], asked["user"], asked["model"]) == ("work", "u", "m")
+    assert json.loads(run("eval", "--feedback", "held.jsonl", "--json").stdout)["version"] == 2
+    assert run("eval").exit_code == 2
+
+
+def test_export_pack_tells_how_long_it_takes_and_what_came_out(run, home, base_path, monkeypatch, tmp_path):
+    asked = {}
+
+    def double(**arguments):
+        inspect.signature(build_pack).bind(**arguments)
+        asked.update(arguments)
+        for stage in ("sample", "sample", "metric"):
+            arguments["progress"](stage, 0.5)
+        return {
+            "pack": str(arguments["out"] or "somewhere"),
+            "bytes": 2048,
+            "k": 64,
+            "answers": 1280,
+            "seconds": {"sample": 61.0, "metric": 2.5},
+            "health": {"r2": 0.71234},
+        }
+
+    monkeypatch.setattr("edge_align_export.pack.build_pack", double)
+    result = run("export", "pack", "--model", str(base_path), "--threads", "2")
+    assert result.stdout.splitlines() == [
+        "Pack     somewhere (2.0 KiB)",
+        "Latents  64, from 1,280 answers",
+        "Time     sample 61.0 s, metric 2.5 s, together 63.5 s",
+        "Health   r2 0.712",
+        f"Next     edge-align personalize --model {base_path} --feedback FILE",
+    ]
+    assert "minutes on this machine" in result.stderr
+    assert result.stderr.splitlines()[1:] == ["- sample", "- metric"]
+    assert (asked["model"], asked["recipe"], asked["out"], asked["fast"]) == (str(base_path), "linear", None, False)
+    fast = run("export", "pack", "--model", str(base_path), "--fast", "--out", str(tmp_path / "pack"), "--json")
+    assert json.loads(fast.stdout)["pack"] == str(tmp_path / "pack")
+    assert asked["fast"] is True
+    for wrong in (("--model", "no-such-id"), ("--recipe", "linear"), ("--model", "x", "--recipe", "other")):
+        assert run("export", "pack", *wrong).exit_code == 2

@@ -16,18 +16,14 @@ termios = pytest.importorskip("termios")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = """
-import sys
-from types import ModuleType, SimpleNamespace
+import edge_align.assistant, edge_align.personalize
 from cli_double import DoubleAssistant, Report
+from edge_align.cli.main import main
 DoubleAssistant.profiles, DoubleAssistant.current = {"default": 3}, "default"
-assistant, personalize = ModuleType("edge_align.assistant"), ModuleType("edge_align.personalize")
-assistant.Assistant = DoubleAssistant
 def learn(**arguments):
     arguments["progress"]("encode", 0.5)
     return Report()
-personalize.personalize, personalize.PersonalizeConfig, personalize.Source = learn, SimpleNamespace, SimpleNamespace
-sys.modules |= {"edge_align.assistant": assistant, "edge_align.personalize": personalize}
-from edge_align.cli.main import main
+edge_align.assistant.Assistant, edge_align.personalize.personalize = DoubleAssistant, learn
 main()
 """
 
