@@ -55,8 +55,11 @@ class Assistant:
     Without a profile, with strength 0 or `steered=False`, answers are exactly the base's.
     """
 
-    def __init__(self, *, base: BaseModel, backend: Backend, home: Home, runtime: RuntimeConfig) -> None:
+    def __init__(
+        self, *, base: BaseModel, backend: Backend, home: Home, runtime: RuntimeConfig, model: str | None = None
+    ) -> None:
         self.base = base
+        self._model = model  # as it was asked for, so that reports name it the same way
         self.profile: LoadedProfile | None = None
         self._backend = backend
         self._home = home
@@ -85,7 +88,9 @@ class Assistant:
         home = home or Home.find()
         runtime = runtime or RuntimeConfig()
         base = find_base(model, hash_cache=home.hash_cache)
-        assistant = cls(base=base, backend=LlamaCppBackend.open(base.path, config=runtime), home=home, runtime=runtime)
+        assistant = cls(
+            base=base, backend=LlamaCppBackend.open(base.path, config=runtime), home=home, runtime=runtime, model=model
+        )
         try:
             if use_profile:
                 assistant._open_profile(profile)
@@ -223,7 +228,7 @@ class Assistant:
         report = personalize(
             home=self._home,
             profile=self._log_name,
-            model=str(self.base.path),
+            model=self._model,
             config=config,
             runtime=self._runtime,
             progress=progress,

@@ -55,6 +55,20 @@ class RuntimeConfig:
         bounded(self.n_gpu_layers, -1, 10_000, "n-gpu-layers")
 
 
+@dataclass(frozen=True, slots=True)
+class PersonalizeConfig:
+    """kl_budget: most KL from the base, nats per decoded token; a ceiling that little evidence does not reach."""
+
+    kl_budget: float = 0.5
+    seed: int = 0
+    activate: bool = True
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        bounded(self.kl_budget, 0.001, 2.0, "kl-budget")
+        bounded(self.seed, 0, 2**32 - 1, "seed")
+
+
 STRENGTH_LIMIT = 4.0
 """|strength| above this is refused: KL grows about with its square, so 4 is sixteen budgets."""
 

@@ -1,6 +1,6 @@
 """The preference encoder: one person's p(z|x), applied in numpy (torch is not loaded to generate).
 
-A diagonal Gaussian with mean mu + A f(x); A = head_out @ head_in has low rank and is there only where
+A Gaussian with the prior's variance and mean mu + A f(x); A = head_out @ head_in has low rank and is there only where
 cross-validation earned it. `scale` is the factor the KL budget allowed (strength 1).
 """
 
@@ -16,10 +16,9 @@ from edge_align.errors import CorruptArtefact
 
 @dataclass(frozen=True)
 class PreferenceEncoder:
-    """mean (k,), variance (k,), head_in (r, p), head_out (k, r), all float32; r = 0 when the mean is a constant."""
+    """mean (k,), head_in (r, p), head_out (k, r), all float32; r = 0 when the mean is a constant."""
 
     mean: np.ndarray
-    variance: np.ndarray
     head_in: np.ndarray
     head_out: np.ndarray
     scale: float
@@ -41,7 +40,7 @@ class PreferenceEncoder:
 
     def to_tensors(self) -> dict[str, np.ndarray]:
         """What a profile version stores; a constant encoder stores no head."""
-        tensors = {"mean": self.mean, "variance": self.variance, "scale": np.array([self.scale], dtype=np.float32)}
+        tensors = {"mean": self.mean, "scale": np.array([self.scale], dtype=np.float32)}
         if self.depends_on_prompt:
             tensors |= {"head_in": self.head_in, "head_out": self.head_out}
         return tensors
@@ -49,14 +48,14 @@ class PreferenceEncoder:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> PreferenceEncoder:
         """Raises CorruptArtefact, listing every mismatch, when the arrays are no preference encoder."""
-        wrong = [name for name in ("mean", "variance", "scale") if name not in tensors]
-        wrong += [name for name in tensors if name not in ("mean", "variance", "scale", "head_in", "head_out")]
+        wrong = [name for name in ("mean", "scale") if name not in tensors]
+        wrong += [name for name in tensors if name not in ("mean", "scale", "head_in", "head_out")]
         if ("head_in" in tensors) != ("head_out" in tensors):
             wrong.append("half a head")
         if not wrong:
             k = tensors["mean"].shape
-            if len(k) != 1 or tensors["variance"].shape != k:
-                wrong.append("mean and variance differ in shape")
+            if len(k) != 1:
+                wrong.append("mean is not a vector")
             if tensors["scale"].shape != (1,):
                 wrong.append("scale is not one number")
             if "head_in" in tensors:
@@ -70,7 +69,6 @@ class PreferenceEncoder:
         k_size = tensors["mean"].shape[0]
         return cls(
             mean=tensors["mean"],
-            variance=tensors["variance"],
             head_in=tensors.get("head_in", np.zeros((0, 0), np.float32)),
             head_out=tensors.get("head_out", np.zeros((k_size, 0), np.float32)),
             scale=float(tensors["scale"][0]),

@@ -90,9 +90,11 @@ def cross_validate(
     flips[0] = 1
     labels = np.stack([feedback.rated_up] + [rng.permutation(feedback.rated_up) for _ in range(permutations)])
     train = fold[None] != np.arange(n_folds)[:, None]  # (n_folds, n + m)
-    pair_weight = (flips[:, None] * train[None, :, :n] * feedback.pair_weight).reshape(-1, n)
-    rated_weight = np.broadcast_to(train[None, :, n:] * feedback.rated_weight, (versions, n_folds, m)).reshape(-1, m)
-    rated_labels = np.repeat(labels, n_folds, axis=0).reshape(-1, m)
+    pair_weight = (flips[:, None] * train[None, :, :n] * feedback.pair_weight).reshape(versions * n_folds, n)
+    rated_weight = np.broadcast_to(train[None, :, n:] * feedback.rated_weight, (versions, n_folds, m)).reshape(
+        versions * n_folds, m
+    )
+    rated_labels = np.repeat(labels, n_folds, axis=0).reshape(versions * n_folds, m)
     theta = fit_batch(
         contrasts,
         torch.from_numpy(pair_weight.astype(np.float32)),
@@ -113,17 +115,16 @@ def cross_validate(
 
 
 def held_out_margins(feedback: LatentFeedback, theta: torch.Tensor, fold: np.ndarray) -> np.ndarray:
-    """How far each row is on the side "chosen" or "up" when its fold was left out. theta (V, folds, 2k) -> (V, n + m).
+    """How far each row is on the side "chosen" or "up" when its fold was left out. theta (V, folds, k) -> (V, n + m).
 
     A pair's margin is the difference of the policy's log-ratio at the two posterior means. A rating's is its
     log-ratio against the mean over the rated answers that were trained on.
     """
     n = len(feedback.chosen)
-    pairs = np.concatenate([feedback.chosen - feedback.rejected, feedback.chosen**2 - feedback.rejected**2], 1)
-    rated = np.concatenate([feedback.rated, feedback.rated**2 - 1], 1)
-    scores = (theta @ torch.from_numpy(np.concatenate([pairs, rated]).astype(np.float32)).T).numpy()  # (V, folds, n+m)
+    rows = np.concatenate([feedback.chosen - feedback.rejected, feedback.rated])
+    scores = (theta @ torch.from_numpy(rows).T).numpy()  # (V, folds, n + m)
     own = scores[:, fold, np.arange(len(fold))]
-    if len(rated):
+    if len(feedback.rated):
         trained = fold[None, n:] != np.arange(theta.shape[1])[:, None]
         level = (scores[:, :, n:] * trained).sum(-1) / np.maximum(trained.sum(-1), 1)  # (V, folds)
         own[:, n:] -= level[:, fold[n:]]
@@ -156,7 +157,7 @@ def split_half_reliability(
         torch.from_numpy(inside[:, n:] * feedback.rated_weight),
         k=feedback.k,
         config=config,
-    )[:, : feedback.k]
+    )
     a, b = theta[0::2], theta[1::2]
     cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=1).mean())
     return 2 * cosine / (1 + cosine) if cosine > 0.0 else 0.0

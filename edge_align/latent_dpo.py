@@ -6,10 +6,10 @@ density ratio of the two posteriors ranks the draws; the policy is trained by
     loss = - log sigmoid( beta * ( g(z_a) - g(z_b) ) )   over ordered pairs (a ranked above b),
     g(z) = log p(z|x) - log N(z; 0, I).
 
-The policy is a diagonal Gaussian, an exponential family: g(z) = a . z + b . z^2 + const with a = mu / var and
-b = (1 - 1 / var) / 2. In (a, b) the loss is convex, flipping a pair's label flips the sign of its draws' differences,
-and no draw has to be repeated while training. So many fits (cross-validation folds x label permutations) run as one
-batch. The language model never runs here.
+The policy is a Gaussian with the prior's own variance and mean mu(x), so g(z_a) - g(z_b) = mu . (z_a - z_b): the loss
+is convex in mu, flipping a pair's label flips the sign of its draws' differences, and no draw has to be repeated while
+training. So many fits (cross-validation folds x label permutations) run as one batch. A learnt diagonal variance was
+tried and predicts worse (docs/decisions/0005); only the mean acts at inference. The language model never runs here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class LatentDPOConfig:
     beta: float = 0.1  # DPO temperature (paper, table of hyper-parameters)
     draws: int = 16  # latents from each of prior, q(chosen), q(rejected)
     evidence: float = 0.25  # share of ordered pairs of draws kept, largest reward gaps first
-    contrasts: int = 12  # of those, how many are used per pair (an unbiased subsample)
-    prior_precision: float = 0.25  # L2 on a, as if this many pairs' worth of evidence for mu = 0
-    variance_precision: float = 4.0  # L2 on b; keeps var near 1
+    contrasts: int = 16  # of those, how many are used per pair (an unbiased subsample)
+    prior_precision: float = 16.0  # L2 on beta mu
     max_norm: float = 8.0  # |mu| is clipped here: the prior's own radius at k = 64
     head_precision: float = 8.0  # L2 on the prompt-dependent head
     head_rank: int = 2
@@ -63,10 +62,7 @@ class LatentFeedback:
 
 @dataclass(frozen=True, slots=True)
 class Contrasts:
-    """Fixed draws as statistics of the policy's log-ratio: g(z_a) - g(z_b) = phi . (a, b).
-
-    pairs (n, S, 2k): (z_a - z_b, z_a^2 - z_b^2); rated (m, S, 2k): (z, z^2 - 1).
-    """
+    """Fixed draws as statistics of the policy: pairs (n, S, k) holds z_a - z_b; rated (m, S, k) holds z."""
 
     pairs: torch.Tensor
     rated: torch.Tensor
@@ -75,27 +71,28 @@ class Contrasts:
 def draw_contrasts(feedback: LatentFeedback, variance: np.ndarray, *, config: LatentDPOConfig, seed: int) -> Contrasts:
     """Sample latents and keep the contrasts with the clearest reward gap. variance (k,): the posteriors' own."""
     rng = torch.Generator().manual_seed(seed)
-    var = torch.from_numpy(np.asarray(variance, dtype=np.float32))
+    var = torch.from_numpy(np.array(variance, dtype=np.float32))
     chosen, rejected = torch.from_numpy(feedback.chosen), torch.from_numpy(feedback.rejected)
     n, k, d = len(chosen), feedback.k, config.draws
-    noise = torch.randn(n, 3 * d, k, generator=rng)
-    centre = torch.stack([torch.zeros_like(chosen), chosen, rejected], 1).repeat_interleave(d, 1)
-    spread = torch.stack([torch.ones_like(var), var.sqrt(), var.sqrt()]).repeat_interleave(d, 0)
-    z = centre + noise * spread  # (n, 3d, k)
-    # log q(z|chosen) - log q(z|rejected); the sigmoid makes it the paper's reward in (0, 1)
-    score = (z * ((chosen - rejected) / var)[:, None]).sum(-1) - ((chosen**2 - rejected**2) / (2 * var)).sum(-1)[
-        :, None
-    ]
-    reward = torch.sigmoid(score)
-    gap = (reward[:, :, None] - reward[:, None, :]).flatten(1)  # (n, (3d)^2), z_a - z_b
+    # log q(z|chosen) - log q(z|rejected) = u . z + const, so the ranking sees a draw only through u . z. Given that,
+    # the rest of the draw is noise: it is integrated out (Rao-Blackwell) instead of sampled (docs/decisions/0005).
+    u = (chosen - rejected) / var
+    centre = torch.stack([torch.zeros_like(chosen), chosen, rejected], 1)  # (n, 3, k): prior, chosen, rejected
+    spread = torch.stack([torch.ones_like(var), var, var])[None]  # (1, 3, k) variances
+    direction = spread * u[:, None]
+    score_var = (direction * u[:, None]).sum(-1, keepdim=True).clamp(min=1e-12)  # (n, 3, 1) of u . z
+    noise = torch.randn(n, 3, d, generator=rng)
+    at = noise * score_var.sqrt()  # u . (z - centre) of each draw
+    mean = centre[:, :, None] + direction[:, :, None] * (at / score_var)[..., None]  # E[z | u . z], (n, 3, d, k)
+    z = mean.flatten(1, 2)
+    offset = (chosen**2 - rejected**2) / (2 * var)
+    reward = torch.sigmoid((z * u[:, None]).sum(-1) - offset.sum(-1)[:, None])  # the paper's, in (0, 1)
+    gap = (reward[:, :, None] - reward[:, None, :]).flatten(1)  # (n, (3d)^2): first draw minus second
     kept = int(gap.shape[1] * config.evidence)
     best = gap.topk(kept, dim=1).indices if n else gap.new_zeros((0, kept), dtype=torch.long)
     pick = best.gather(1, torch.randint(kept, (n, config.contrasts), generator=rng))
-    za = z.gather(1, (pick // (3 * d))[..., None].expand(-1, -1, k))
-    zb = z.gather(1, (pick % (3 * d))[..., None].expand(-1, -1, k))
-    rated = torch.from_numpy(feedback.rated)
-    zr = rated[:, None] + torch.randn(len(rated), config.contrasts, k, generator=rng) * var.sqrt()
-    return Contrasts(torch.cat([za - zb, za**2 - zb**2], -1), torch.cat([zr, zr**2 - 1], -1))
+    better, worse = (index[..., None].expand(-1, -1, k) for index in (pick // (3 * d), pick % (3 * d)))
+    return Contrasts(z.gather(1, better) - z.gather(1, worse), torch.from_numpy(feedback.rated)[:, None])
 
 
 def latent_dpo_loss(
@@ -108,7 +105,7 @@ def latent_dpo_loss(
 ) -> torch.Tensor:
     """Loss of V policies at once, summed over rows, before regularisation.
 
-    theta (V, 2k) natural parameters (a, b); pair_weight (V, n), negative for a flipped pair; up, down (V, m) weights
+    theta (V, k) means; pair_weight (V, n), negative for a flipped pair; up, down (V, m) weights
     of the ratings under each labelling. Ratings take the KTO form (arXiv 2402.01306, eq. 7-8) on latents.
     Returns (V,).
     """
@@ -152,17 +149,17 @@ def fit_batch(
     k: int,
     config: LatentDPOConfig,
 ) -> torch.Tensor:
-    """Natural parameters (V, width) of V policies by accelerated gradient descent from the prior (theta = 0).
+    """Means (V, width) of V policies by accelerated gradient descent from the prior's (zero).
 
-    width is 2k, or 2k + k p with a prompt head (`with_head`). pair_weight (V, n): 0 leaves a pair out, a negative
+    width is k, or k + k p with a prompt head (`with_head`). pair_weight (V, n): 0 leaves a pair out, a negative
     weight flips it. rated_labels, rated_weight (V, m).
     Deterministic. The step is 1 / L with L a bound on the loss's curvature, so no learning rate is tuned.
     """
     versions = pair_weight.shape[0]
     width = contrasts.pairs.shape[2]
     up, down = balance(rated_labels, rated_weight)
-    precision = [config.prior_precision] * k + [config.variance_precision] * k
-    ridge = torch.tensor(precision + [config.head_precision] * (width - 2 * k)) * config.beta**2
+    precision = [config.prior_precision] * k + [config.head_precision] * (width - k)
+    ridge = torch.tensor(precision) * config.beta**2
     rows = torch.cat([contrasts.pairs.flatten(0, 1), contrasts.rated.flatten(0, 1)])
     per_row = rows.shape[0] / max(1, contrasts.pairs.shape[0] + contrasts.rated.shape[0])
     largest = torch.linalg.eigvalsh(rows.T @ rows)[-1] / per_row  # curvature of the summed loss with all rows in
@@ -183,7 +180,7 @@ def fit_batch(
 
 
 def with_head(contrasts: Contrasts, feedback: LatentFeedback) -> Contrasts:
-    """Contrasts of a policy whose natural mean is a + A f(x): (z_a - z_b) f(x)' joins them, (.., 2k + k p)."""
+    """Contrasts of a policy with mean mu + A f(x): (z_a - z_b) f(x)' joins them, (.., k + k p)."""
     k = feedback.k
 
     def extended(rows: torch.Tensor, features: np.ndarray) -> torch.Tensor:
@@ -195,23 +192,26 @@ def with_head(contrasts: Contrasts, feedback: LatentFeedback) -> Contrasts:
     )
 
 
-def fit(contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDPOConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance (k,) float32 of a prompt-independent p(z), from all rows."""
-    theta = _fit_all(contrasts, feedback, config=config)
-    return to_gaussian(theta, max_norm=config.max_norm)
+def fit(contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDPOConfig) -> np.ndarray:
+    """Mean (k,) float32 of a prompt-independent p(z), from all rows."""
+    return clip_norm(_fit_all(contrasts, feedback, config=config).numpy(), config.max_norm)
 
 
 def fit_head(
     contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDPOConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """mean (k,), variance (k,), head_in (r, p), head_out (k, r): the mean is mean + head_out @ head_in @ f(x)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """mean (k,), head_in (r, p), head_out (k, r): the mean of p(z|x) is mean + head_out @ head_in @ f(x)."""
     k = feedback.k
-    theta = _fit_all(with_head(contrasts, feedback), feedback, config=config)
-    mean, variance = to_gaussian(theta[: 2 * k], max_norm=config.max_norm)
-    full = (theta[2 * k :].view(k, -1)).numpy() * variance[:, None]
-    u, s, vt = np.linalg.svd(full, full_matrices=False)
-    rank = min(config.head_rank, len(s))
-    return mean, variance, vt[:rank].astype(np.float32), (u[:, :rank] * s[:rank]).astype(np.float32)
+    theta = _fit_all(with_head(contrasts, feedback), feedback, config=config).numpy()
+    u, s, vt = np.linalg.svd(theta[k:].reshape(k, -1), full_matrices=False)
+    r = min(config.head_rank, len(s))
+    norm = np.linalg.norm(theta[:k])
+    shrink = min(1.0, config.max_norm / norm) if norm > 0 else 1.0
+    return (
+        clip_norm(theta[:k], config.max_norm),
+        vt[:r].astype(np.float32),
+        (u[:, :r] * s[:r] * shrink).astype(np.float32),
+    )
 
 
 def _fit_all(contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDPOConfig) -> torch.Tensor:
@@ -225,12 +225,7 @@ def _fit_all(contrasts: Contrasts, feedback: LatentFeedback, *, config: LatentDP
     )[0]
 
 
-def to_gaussian(theta: torch.Tensor, *, max_norm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Natural parameters (2k,) -> mean and variance (k,) float32; variance in [1/4, 4], |mean| <= max_norm."""
-    k = theta.shape[0] // 2
-    var = 1.0 / (1.0 - 2.0 * theta[k:]).clamp(0.25, 4.0)
-    mean = theta[:k] * var
-    norm = float(mean.norm())
-    if norm > max_norm:
-        mean = mean * (max_norm / norm)
-    return mean.numpy().astype(np.float32), var.numpy().astype(np.float32)
+def clip_norm(mean: np.ndarray, most: float) -> np.ndarray:
+    """`mean` no longer than `most` (pitfall: latents far outside the prior were never seen)."""
+    norm = float(np.linalg.norm(mean))
+    return np.asarray(mean if norm <= most else mean * (most / norm), dtype=np.float32)

@@ -69,7 +69,8 @@ def encode_dataset(
         if not found:
             return np.zeros((0, pack.k), np.float32)
         raw: np.ndarray = z[[texts[text] for text, _ in found]]
-        return raw - expected[[prompts[prompt] for _, prompt in found]]
+        centred: np.ndarray = raw - expected[[prompts[prompt] for _, prompt in found]]
+        return centred
 
     pair_group = np.array([prompts[pair.prompt] for pair in dataset.pairs], dtype=np.int64)
     rated_group = np.array([prompts[rating.prompt] for rating in dataset.ratings], dtype=np.int64)
@@ -92,12 +93,12 @@ def learn(pack: LatentPack, feedback: LatentFeedback, *, seed: int, config: Late
     config = config or LatentDPOConfig()
     contrasts = draw_contrasts(feedback, pack.variance, config=config, seed=seed)
     heldout = cross_validate(feedback, contrasts, config=config, seed=seed)
-    mean, variance = fit(contrasts, feedback, config=config)
+    mean = fit(contrasts, feedback, config=config)
     head_in = np.zeros((0, pack.prompt_projection.shape[1]), np.float32)
     head_out = np.zeros((pack.k, 0), np.float32)
     if earns_head(feedback, contrasts, config=config, seed=seed):
-        mean, variance, head_in, head_out = fit_head(contrasts, feedback, config=config)
-    encoder = PreferenceEncoder(mean=mean, variance=variance, head_in=head_in, head_out=head_out, scale=1.0)
+        mean, head_in, head_out = fit_head(contrasts, feedback, config=config)
+    encoder = PreferenceEncoder(mean=mean, head_in=head_in, head_out=head_out, scale=1.0)
     inputs = np.concatenate([feedback.pair_features, feedback.rated_features])
     if encoder.depends_on_prompt:
         latents = np.stack([encoder.latent(row) for row in inputs[:MAX_LATENTS]])
@@ -115,13 +116,10 @@ def learn(pack: LatentPack, feedback: LatentFeedback, *, seed: int, config: Late
 
 def preference_accuracy(encoder: PreferenceEncoder, feedback: LatentFeedback) -> dict[str, float]:
     """Share of pairs in which p(z|x) gives the chosen answer's latent the higher log-ratio to the prior."""
-    a = encoder.mean / encoder.variance
-    b = 0.5 * (1.0 - 1.0 / encoder.variance)
-    slope = np.broadcast_to(a, feedback.chosen.shape)
+    mean = np.broadcast_to(encoder.mean, feedback.chosen.shape)
     if encoder.depends_on_prompt:
-        slope = slope + (feedback.pair_features @ encoder.head_in.T @ encoder.head_out.T) / encoder.variance
-    margin = (slope * (feedback.chosen - feedback.rejected)).sum(1)
-    margin = margin + ((feedback.chosen**2 - feedback.rejected**2) * b).sum(1)
+        mean = mean + feedback.pair_features @ encoder.head_in.T @ encoder.head_out.T
+    margin = (mean * (feedback.chosen - feedback.rejected)).sum(1)
     n = len(margin)
     correct = float((margin > 0).sum() + 0.5 * (margin == 0).sum())
     low, high = wilson(correct, n)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_align.bases import BaseModel, find_base
-from edge_align.config import bounded, RuntimeConfig
+from edge_align.config import PersonalizeConfig, RuntimeConfig
 from edge_align.errors import InputError, NothingUsable
 from edge_align.feedback.read import read_feedback
 from edge_align.home import Home
@@ -31,20 +31,6 @@ MIN_ROWS = 8
 
 Progress = Callable[[str, float], None]
 """Told the stage's name and the fraction of it that is done."""
-
-
-@dataclass(frozen=True, slots=True)
-class PersonalizeConfig:
-    """kl_budget: most KL from the base, nats per decoded token; a ceiling that little evidence does not reach."""
-
-    kl_budget: float = 0.5
-    seed: int = 0
-    activate: bool = True
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        bounded(self.kl_budget, 0.001, 2.0, "kl-budget")
-        bounded(self.seed, 0, 2**32 - 1, "seed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from edge_align.cli.options import (
     threads_option,
 )
 from edge_align.cli.output import emit_json, stages
-from edge_align.config import default, RuntimeConfig, SamplingConfig
+from edge_align.config import default, PersonalizeConfig, RuntimeConfig
 
 
 @click.command("personalize")
@@ -34,10 +34,10 @@ from edge_align.config import default, RuntimeConfig, SamplingConfig
     "--kl-budget",
     type=float,
     metavar="X",
-    show_default=False,
+    default=default(PersonalizeConfig, "kl_budget"),
     help="Most divergence from the base in nats per token; little or noisy feedback gets less.",
 )
-@click.option("--seed", type=int, default=default(SamplingConfig, "seed"), help="Seed of the training.")
+@click.option("--seed", type=int, default=default(PersonalizeConfig, "seed"), help="Seed of the training.")
 @click.option("--no-activate", is_flag=True, show_default=False, help="Keep the new version, but do not switch to it.")
 @click.option("--force", is_flag=True, show_default=False, help="Switch to it even when it cannot be told from chance.")
 @threads_option
@@ -49,7 +49,7 @@ def command(
     profile: str,
     model: str | None,
     user: str | None,
-    kl_budget: float | None,
+    kl_budget: float,
     seed: int,
     no_activate: bool,
     force: bool,

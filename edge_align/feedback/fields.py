@@ -86,9 +86,7 @@ def label(value: object, name: str = "label") -> bool:
         found = _LABELS.get(spelling.strip().lower().translate(_EMOJI_MODIFIERS))
         if found is not None:
             return found
-    raise InputError(
-        f"unknown {name} {brief(value)}; use true/false, 1/0, 1/-1, up/down, good/bad or a thumbs emoji"
-    )
+    raise InputError(f"unknown {name} {brief(value)}; use true/false, 1/0, 1/-1, up/down, good/bad or a thumbs emoji")
 
 
 def number(value: object, name: str) -> float:

@@ -152,7 +152,7 @@ class LlamaReference:
         w, s = self.blocks[il], self.shape
         batch, length, _ = x.shape
         widths = [s.d_model, s.n_head_kv * s.d_head, s.n_head_kv * s.d_head]
-        q, k, v = torch.split(F.linear(self._norm(x, w.attn_norm), w.qkv), widths, dim=-1)  # type: ignore[no-untyped-call]
+        q, k, v = torch.split(F.linear(self._norm(x, w.attn_norm), w.qkv), widths, dim=-1)
         q = self._rotate(q.view(batch, length, s.n_head, s.d_head).transpose(1, 2), rotary)
         k = self._rotate(k.view(batch, length, s.n_head_kv, s.d_head).transpose(1, 2), rotary)
         v = v.view(batch, length, s.n_head_kv, s.d_head).transpose(1, 2)
