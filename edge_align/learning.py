@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -112,6 +112,15 @@ def learn(pack: LatentPack, feedback: LatentFeedback, *, seed: int, config: Late
         reliability=split_half_reliability(feedback, contrasts, config=config, seed=seed),
         outside_support=float((np.linalg.norm(every, axis=1) > SUPPORT * np.sqrt(pack.k)).mean()),
     )
+
+
+def calibrate(pack: LatentPack, learnt: Learnt, *, kl_budget: float) -> tuple[PreferenceEncoder, float]:
+    """The encoder at strength 1, and the KL predicted for it, nats per decoded token.
+
+    The budget is a ceiling: a direction that fresh feedback would not give again gets less of it.
+    """
+    scale = pack.scale_for(learnt.latents, kl_budget * learnt.reliability)
+    return replace(learnt.encoder, scale=scale), pack.mean_kl(learnt.latents * scale)
 
 
 def preference_accuracy(encoder: PreferenceEncoder, feedback: LatentFeedback) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -159,17 +159,15 @@ def personalize(
                 reason=f"{n_rows} verdicts so far; learning starts at {MIN_ROWS}: {MIN_ROWS - n_rows} more are needed",
             )
 
-        from edge_align.learning import encode_dataset, learn
+        from edge_align.learning import calibrate, encode_dataset, learn
 
         with stages.stage("encode") as tell:
             feedback = encode_dataset(base, pack, dataset, runtime=runtime, tell=tell)
         with stages.stage("fit"):
             learnt = learn(pack, feedback, seed=config.seed)
         with stages.stage("calibrate"):
-            target = config.kl_budget * learnt.reliability
-            scale = pack.scale_for(learnt.latents, target)
-            encoder = replace(learnt.encoder, scale=scale)
-            predicted = pack.mean_kl(learnt.latents * scale)
+            encoder, predicted = calibrate(pack, learnt, kl_budget=config.kl_budget)
+            scale = encoder.scale
         passed = learnt.heldout.passes and scale > 0.0
         with stages.stage("save"):
             saved = store.save(
