@@ -22,13 +22,7 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from edge_align.archive import pack_members, unpack_members
-from edge_align.errors import (
-    ArtefactError,
-    CorruptArtefact,
-    IncompatibleBase,
-    InputError,
-    StorageError,
-)
+from edge_align.errors import ArtefactError, CorruptArtefact, IncompatibleBase, InputError, StorageError
 from edge_align.files import (
     check_name,
     is_name,
@@ -292,8 +286,7 @@ class ProfileStore:
 
     def export(self, name: str, version: int | None, path: Path, *, overwrite: bool = False) -> None:
         """Write a version, by default the active one, as a single file (zip); the same version gives the same bytes."""
-        if version is None:
-            version = self.active_version(name)
+        version = self.active_version(name) if version is None else version
         self.load(name, version)
         folder = _path(self._existing(name), version or 0)
         if os.path.lexists(path) and not overwrite:

@@ -73,10 +73,14 @@ edge_align.runtime.torch_ref
 edge_align.features
 edge_align.latent_dpo
 edge_align.gate
-edge_align.calibrate
+edge_align.learning
 edge_align.personalize
 edge_align.assistant
 edge_align_export
+edge_align_export.linear
+edge_align_export.card
+edge_align_export.metric
+edge_align_export.texts
 edge_align_export.pack
 edge_align.cli
 edge_align.cli.output
@@ -192,7 +196,7 @@ def unsafe(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             names = {str(node.module).split(".")[0]} & UNSAFE_MODULES
             names |= {alias.name for alias in node.names} & UNSAFE_NAMES
-        elif isinstance(node, ast.keyword):
+        elif isinstance(node, ast.keyword) and not (isinstance(node.value, ast.Constant) and node.value.value is False):
             names = {node.arg or ""} & UNSAFE_NAMES
         elif isinstance(node, ast.Attribute):
             names = {node.attr} & UNSAFE_NAMES
@@ -209,10 +213,17 @@ def test_nothing_loads_code_from_data() -> None:
 def test_the_unsafe_check_finds_what_it_looks_for(tmp_path: Path) -> None:
     planted = tmp_path / "planted.py"
     planted.write_text(
-        "import pickle\nfrom llama_cpp import LlamaDiskCache\ntorch.load(p)\nnp.load(p, allow_pickle=False)\n"
+        "import pickle\nfrom llama_cpp import LlamaDiskCache\ntorch.load(p)\n"
+        "np.load(p, allow_pickle=False)\nnp.load(p, allow_pickle=True)\nnp.save(p, a, allow_pickle=maybe)\n"
     )
-    found = [place.rsplit(": ", 1)[1] for place in unsafe(planted)]
-    assert sorted(found) == ["LlamaDiskCache", "allow_pickle", "pickle", "torch.load"]
+    found = sorted(place.rsplit(":", 2)[1:] for place in unsafe(planted))
+    assert found == [
+        ["1", " pickle"],
+        ["2", " LlamaDiskCache"],
+        ["3", " torch.load"],
+        ["5", " allow_pickle"],
+        ["6", " allow_pickle"],
+    ]
 
 
 HEAVY = "numpy torch llama_cpp gguf jinja2 safetensors transformers onnxruntime matplotlib".split()
