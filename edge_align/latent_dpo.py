@@ -21,6 +21,10 @@ import torch
 import torch.nn.functional as F
 
 
+CONTRAST_BUDGET = 2_048
+"""Contrasts in all that a fit works on, as far as every pair has one: bounds its time and memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class LatentDPOConfig:
     """Hyper-parameters; `docs/decisions/` says how each was measured."""
@@ -28,12 +32,12 @@ class LatentDPOConfig:
     beta: float = 0.1  # DPO temperature (paper, table of hyper-parameters)
     draws: int = 16  # latents from each of prior, q(chosen), q(rejected)
     evidence: float = 0.25  # share of ordered pairs of draws kept, largest reward gaps first
-    contrasts: int = 16  # of those, how many are used per pair (an unbiased subsample)
+    contrasts: int = 2  # of those, how many are used per pair (an unbiased subsample)
     prior_precision: float = 16.0  # L2 on beta mu
     max_norm: float = 8.0  # |mu| is clipped here: the prior's own radius at k = 64
     head_precision: float = 8.0  # L2 on the prompt-dependent head
     head_rank: int = 2
-    steps: int = 60
+    steps: int = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,9 @@ def draw_contrasts(feedback: LatentFeedback, variance: np.ndarray, *, config: La
     gap = (reward[:, :, None] - reward[:, None, :]).flatten(1)  # (n, (3d)^2): first draw minus second
     kept = int(gap.shape[1] * config.evidence)
     best = gap.topk(kept, dim=1).indices if n else gap.new_zeros((0, kept), dtype=torch.long)
-    pick = best.gather(1, torch.randint(kept, (n, config.contrasts), generator=rng))
+    # the contrasts of a pair are nearly parallel, so few will do; with thousands of pairs, one each
+    used = max(1, min(config.contrasts, CONTRAST_BUDGET // max(1, n)))
+    pick = best.gather(1, torch.randint(kept, (n, used), generator=rng))
     better, worse = (index[..., None].expand(-1, -1, k) for index in (pick // (3 * d), pick % (3 * d)))
     return Contrasts(z.gather(1, better) - z.gather(1, worse), torch.from_numpy(feedback.rated)[:, None])
 
@@ -124,7 +130,7 @@ def latent_dpo_loss(
         zero = ((ratio.mean(-1) * seen).sum(-1) / seen.sum(-1).clamp(min=1.0)).clamp(min=0.0).detach()[:, None, None]
         value_up = 1 - torch.sigmoid(ratio - zero)
         value_down = 1 - torch.sigmoid(zero - ratio)
-        # x4 gives a rating at theta = 0 the gradient of a KTO row at its steepest, half that of a pair's softplus
+        # twice, so that at theta = 0 a rating pulls as hard as a pair: the sigmoid's slope is 1/4, softplus's 1/2
         loss = loss + 2 * ((value_up.mean(-1) * up) + (value_down.mean(-1) * down)).sum(-1)
     return loss
 
@@ -160,13 +166,12 @@ def fit_batch(
     up, down = balance(rated_labels, rated_weight)
     precision = [config.prior_precision] * k + [config.head_precision] * (width - k)
     ridge = torch.tensor(precision) * config.beta**2
-    rows = torch.cat([contrasts.pairs.flatten(0, 1), contrasts.rated.flatten(0, 1)])
-    per_row = rows.shape[0] / max(1, contrasts.pairs.shape[0] + contrasts.rated.shape[0])
-    largest = torch.linalg.eigvalsh(rows.T @ rows)[-1] / per_row  # curvature of the summed loss with all rows in
-    heaviest = max(
-        float(pair_weight.abs().max()) if pair_weight.numel() else 0.0, float((up + down).max()) if up.numel() else 0.0
-    )
-    curvature = 0.25 * config.beta**2 * largest * max(heaviest, 1e-9) + ridge.max()
+    gram = torch.zeros(width, width)  # bounds the Hessian: softplus bends by at most 1/4, 2 sigmoid by less than 1/5
+    for rows, weight, bend in ((contrasts.pairs, pair_weight, 0.25), (contrasts.rated, up + down, 0.2)):
+        if weight.numel():
+            flat = rows.flatten(0, 1)
+            gram += bend * weight.abs().max() / rows.shape[1] * (flat.T @ flat)
+    curvature = config.beta**2 * torch.linalg.eigvalsh(gram)[-1] + ridge.max()
     theta = torch.zeros(versions, width)
     ahead = theta
     for step in range(config.steps):
