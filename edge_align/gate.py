@@ -99,7 +99,7 @@ def cross_validate(
         contrasts,
         torch.from_numpy(pair_weight.astype(np.float32)),
         torch.from_numpy(rated_labels),
-        torch.from_numpy(np.ascontiguousarray(rated_weight, dtype=np.float32)),
+        torch.from_numpy(np.array(rated_weight, dtype=np.float32)),
         k=feedback.k,
         config=config,
     ).view(versions, n_folds, -1)

@@ -38,18 +38,18 @@ class LinearConfig:
     """The `linear` recipe. What each number was chosen by is in docs/decisions/0004."""
 
     k: int = 64
-    prompts: int = 320
+    prompts: int = 240
     answers: int = 4  # per prompt
-    max_tokens: int = 112
+    max_tokens: int = 96
     first_layer: float = 0.27  # of n_layer: blocks 8 to 21 of 30
     last_layer: float = 0.70
     ridge: float = 0.3
     head_inputs: int = 16
-    metric_answers: int = 12
-    metric_tokens: int = 40
+    metric_answers: int = 10
+    metric_tokens: int = 32
     metric_step: float = 0.3
-    curve_points: int = 32
-    loop_latents: int = 40
+    curve_points: int = 24
+    loop_latents: int = 24
     loop_prompts: int = 8
     loop_tokens: int = 48
     loop_kl: float = 0.4
