@@ -202,6 +202,27 @@ class LlamaReference:
         return self.head(hidden[0, len(prompt) - 1 :]).float().numpy()
 
     @torch.inference_mode()
+    def log_probs(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, batch: int = 24
+    ) -> list[np.ndarray]:
+        """Teacher-forced log-probability of every completion token without steering: (T_i,) float32 per row."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
+        for start in range(0, len(order), batch):
+            rows = [i for i in order[start : start + batch] if len(completions[i])]
+            texts = [[*prompts[i], *completions[i]] for i in rows]
+            tokens = torch.zeros(len(rows), max(map(len, texts), default=1), dtype=torch.long)
+            for row, text in zip(tokens, texts, strict=True):
+                row[: len(text)] = torch.tensor(text)
+            hidden, _ = self.hidden(tokens)
+            for j, i in enumerate(rows):
+                first, last = len(prompts[i]), len(texts[j])
+                logits = self.head(hidden[j, first - 1 : last - 1]).float()
+                own = logits.gather(-1, tokens[j, first:last, None])[:, 0]
+                found[i] = (own - logits.logsumexp(-1)).numpy()
+        return found
+
+    @torch.inference_mode()
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
