@@ -1,0 +1,229 @@
+"""What steering costs while decoding: speed, profile switch, time to first token, memory.
+
+    python bench/latency.py --save
+
+Runs are interleaved in alternating order, so that a machine that slows down slows all arms; ratios are of paired runs,
+with a 95 % bootstrap interval of their median. The bare loop is llama_decode and the native sampler, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import Bench, console, interval, main, parser, progress, ROOT
+
+from edge_align.config import SamplingConfig
+from edge_align.encoder import PreferenceEncoder
+from edge_align.errors import EdgeAlignError
+from edge_align.home import Home
+from edge_align.profiles import ProfileStore
+from edge_align.records import join_chunks, SteeringVectors, user_prompt
+from edge_align.runtime.llama_native import NativeContext, Sampler
+
+PROMPT = "Write a long and detailed essay about the history of bread."
+TTFT_LENGTHS = (32, 64, 128, 256, 512, 1024)
+DRIVER = """
+import atexit, json, re, sys
+def report():
+    text = open("/proc/self/status").read()
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", text)[1]) * 1024
+    anon = int(re.search(r"RssAnon:\\s+(\\d+)", text)[1]) * 1024
+    print(json.dumps({"peak_rss_bytes": peak, "anonymous_bytes_at_exit": anon, "torch": "torch" in sys.modules}),
+          file=sys.stderr)
+atexit.register(report)
+from edge_align.cli.main import main
+main()
+"""
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    args = bench.args
+    if args.quick:
+        args.runs, args.tokens, args.switches, args.ttft_runs = 2, 8, 2, 1
+    z = profile_latent(bench)
+    vectors = bench.pack.decode(z)
+    found = {"tokens": args.tokens, "runs": args.runs, **decoding(bench, vectors)}
+    found["switch"] = switching(bench, vectors)
+    found["ttft"] = first_token(bench, vectors, TTFT_LENGTHS[:2] if args.quick else TTFT_LENGTHS)
+    found["memory"] = memory(bench, z)
+    for name in ("steered_over_base", "ours_over_bare", "switch", "memory"):
+        console.print(name, found[name])
+    return found
+
+
+def profile_latent(bench: Bench) -> np.ndarray:
+    """A direction at the default KL budget's half; which one does not matter to speed."""
+    z = np.random.default_rng(1).standard_normal(bench.pack.k).astype(np.float32)
+    return np.asarray(z * bench.pack.scale_for(z[None], 0.25), np.float32)
+
+
+# -- decoding ------------------------------------------------------------------------------------------------------
+def decoding(bench: Bench, vectors: SteeringVectors) -> dict[str, Any]:
+    """Tokens per second after the first, of the bare loop, our loop, and our loop steered; paired ratios."""
+    args, backend = bench.args, bench.backend
+    prompt = backend.render(user_prompt(PROMPT))
+    sampling = SamplingConfig(max_tokens=args.tokens, seed=1, temperature=args.temperature)
+    context = NativeContext(backend._model, n_ctx=backend.info.n_ctx, n_batch=64, n_threads=bench.runtime.n_threads)
+
+    def ours(steered: SteeringVectors | None) -> float:
+        return join_chunks(list(backend.generate(prompt, vectors=steered, sampling=sampling))).stats.generation_tps
+
+    arms = {
+        "bare": lambda: bare(context, prompt, sampling),
+        "base": lambda: ours(None),
+        "steered": lambda: ours(vectors),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in arms}
+    with progress("decoding", args.runs) as tell:
+        for i in range(args.runs + 1):  # the first round is a warm-up
+            for name in list(arms)[:: 1 if i % 2 else -1]:
+                speed = arms[name]()
+                if i:
+                    speeds[name].append(speed)
+            tell(i)
+    context.close()
+    return {
+        "tokens_per_sec": {name: median(values) for name, values in speeds.items()},
+        "steered_over_base": ratio(speeds["steered"], speeds["base"]),
+        "ours_over_bare": ratio(speeds["base"], speeds["bare"]),
+    }
+
+
+def bare(context: NativeContext, prompt: list[int], sampling: SamplingConfig) -> float:
+    """Tokens per second of the shortest loop there is: decode, sample, feed back."""
+    context.clear()
+    for start in range(0, len(prompt) - 1, context.n_batch):
+        context.decode_span(np.array(prompt[:-1][start : start + context.n_batch], np.int32), start)
+    sampler = Sampler(context.model, sampling, sampling.seed)
+    C, handle, batch, chain = context.C, context.pointer, context.batch, sampler.chain
+    context.seq[0], context.wanted[0] = 0, 1
+    batch.n_tokens = 1
+    token, position, count, start = prompt[-1], len(prompt) - 1, 0, 0.0
+    while count < sampling.max_tokens:
+        context.token[0], context.pos[0] = token, position
+        C.llama_decode(handle, batch)
+        token = C.llama_sampler_sample(chain, handle, -1)
+        position += 1
+        if not count:
+            start = time.perf_counter()
+        if C.llama_vocab_is_eog(context.model.vocab, token):
+            break
+        count += 1
+    seconds = time.perf_counter() - start
+    sampler.close()
+    return max(1, count - 1) / seconds
+
+
+def ratio(a: list[float], b: list[float]) -> dict[str, float]:
+    """Median of a / b over paired runs, with its 95 % bootstrap interval."""
+    ratios = np.array(a) / np.array(b)
+    low, high = interval(ratios)
+    return {"median": float(np.median(ratios)), "ci_low": low, "ci_high": high}
+
+
+# -- switching profiles --------------------------------------------------------------------------------------------
+def switching(bench: Bench, vectors: SteeringVectors) -> dict[str, float]:
+    """Milliseconds to set another profile's vectors, and what the next token then costs more than the one after."""
+    backend = bench.backend
+    context = NativeContext(backend._model, n_ctx=2048, n_batch=64, n_threads=bench.runtime.n_threads)
+    both = (vectors, vectors.scaled(1.1))
+    position = 0
+
+    def step() -> float:
+        nonlocal position
+        start = time.perf_counter()
+        context.token[0], context.pos[0], context.seq[0], context.wanted[0] = 500, position, 0, 1
+        context.decode(1)
+        context.C.llama_synchronize(context.pointer)
+        position += 1
+        return (time.perf_counter() - start) * 1e3
+
+    sets, extras = [], []
+    for i in range(bench.args.switches + 1):
+        start = time.perf_counter()
+        context.set_vectors(both[i % 2])
+        set_ms = (time.perf_counter() - start) * 1e3
+        first, then = step(), median([step(), step(), step()])
+        if i:
+            sets.append(set_ms)
+            extras.append(first - then)
+    context.close()
+    total = np.array(sets) + np.array(extras)
+    low, high = interval(total)
+    return {
+        "set_ms": median(sets),
+        "next_token_extra_ms": median(extras),
+        "total_ms": float(np.median(total)),
+        "total_ms_ci": [low, high],
+    }
+
+
+# -- time to first token -------------------------------------------------------------------------------------------
+def first_token(bench: Bench, vectors: SteeringVectors, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Seconds from the call to the first token of prompts that share nothing with what is cached."""
+    backend, rng = bench.backend, np.random.default_rng(0)
+    sampling = SamplingConfig(max_tokens=1, temperature=0.0)
+    rows = []
+    for length in lengths:
+        seconds: dict[str, list[float]] = {"base": [], "personal": []}
+        for i in range(bench.args.ttft_runs):
+            for name, steered in (("base", None), ("personal", vectors))[:: 1 if i % 2 else -1]:
+                prompt = rng.integers(1000, 40000, length).tolist()
+                chunks = list(backend.generate(prompt, vectors=steered, sampling=sampling))
+                seconds[name].append(chunks[-1].stats.ttft_sec)
+        rows.append(
+            {
+                "prompt_tokens": length,
+                "base_sec": median(seconds["base"]),
+                "personal_sec": median(seconds["personal"]),
+                "ratio": ratio(seconds["personal"], seconds["base"]),
+            }
+        )
+    return rows
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+def memory(bench: Bench, z: np.ndarray) -> dict[str, Any]:
+    """Peak resident memory of `edge-align generate` with a profile, in a process of its own; is torch loaded there."""
+    pack = bench.pack
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder))
+        if bench.home.packs_dir.is_dir():
+            shutil.copytree(bench.home.packs_dir, home.packs_dir)
+        encoder = PreferenceEncoder(z, np.zeros((0, 0), np.float32), np.zeros((pack.k, 0), np.float32), 1.0)
+        manifest = {"base_hash": bench.base.hash, "pack_hash": pack.hash, "k": pack.k}
+        manifest |= {"n_layer": pack.n_layer, "d_model": pack.d_model, "predicted_kl": 0.25}
+        store = ProfileStore(home)
+        version = store.save("bench", encoder.to_tensors(), manifest)
+        store.activate("bench", version.number)
+        store.use("bench")
+        command = [sys.executable, "-c", DRIVER, "generate", PROMPT, "--max-tokens", str(bench.args.tokens), "--json"]
+        command += ["--model", bench.args.model] if bench.args.model else []
+        command += ["--threads", str(bench.args.threads)]
+        env = os.environ | {"EDGE_ALIGN_HOME": str(home.root), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise EdgeAlignError(f"generate failed: {done.stderr.strip()}")
+        answer = json.loads(done.stdout)
+        found = json.loads(done.stderr.strip().splitlines()[-1])
+        return found | {"peak_rss_mb": found["peak_rss_bytes"] / 1e6, "profile": answer.get("profile")}
+
+
+if __name__ == "__main__":
+    p = parser("Steered against unsteered decoding, our loop against a bare one, switching, first token, memory.")
+    p.add_argument("--runs", type=int, default=40, help="interleaved runs of each arm")
+    p.add_argument("--tokens", type=int, default=96, help="decoded per run")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy in all arms")
+    p.add_argument("--switches", type=int, default=60)
+    p.add_argument("--ttft-runs", type=int, default=11)
+    main(run, p.parse_args(), __file__)
