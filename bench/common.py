@@ -84,7 +84,9 @@ def emit(document: dict[str, Any], *, save: bool) -> None:
     text = json.dumps(document, default=_plain, allow_nan=False)
     if save:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{document['script']}-{document['date'][:10]}-{document['commit']}.json"
+        stem = f"{document['script']}-{document['date'][:10]}-{document['commit']}"
+        names = (f"{stem}{end}.json" for end in ("", *(f"-{i}" for i in range(2, 1000))))
+        path = next(RESULTS / name for name in names if not (RESULTS / name).exists())
         path.write_text(json.dumps(document, default=_plain, indent=1) + "\n")
         console.print(f"written: bench/results/{path.name}")
     print(text, flush=True)

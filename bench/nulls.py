@@ -1,6 +1,6 @@
 """What chance does: random directions at a profile's own KL, and verdicts that mean nothing at the gate.
 
-python bench/nulls.py --part directions --save     # an hour on two cores; kept as it goes
+python bench/nulls.py --part directions --save     # an hour or more; --share: an eighth of it
 python bench/nulls.py --part gate --save
 """
 
@@ -58,17 +58,25 @@ def random_directions(bench: Bench) -> dict[str, Any]:
     questions, answers = train_answers(bench)
     unseen = list(prompts("test")[: args.prompts])
     model = reference_model(bench) if args.engine == "torch" else None
+    users, size = chosen_users(args.users), 20 if args.quick else 100
+    profiles = [learn_profile(bench, users_pairs(who, questions, answers, n=size, seed=args.seed)) for who in users]
+    kls = [profile.predicted_kl or 0.1 for profile in profiles]  # one that got no scale is compared all the same
     rows = []
-    for who in chosen_users(args.users):
-        size = 20 if args.quick else 100
-        profile = learn_profile(bench, users_pairs(who, questions, answers, n=size, seed=args.seed))
-        kl = profile.predicted_kl or 0.1  # a profile that was given no scale is still compared at some KL
-        rng = np.random.default_rng([args.seed, 17])
+    for i, (who, profile) in enumerate(zip(users, profiles, strict=True)):
+        kl = max(kls) if args.share else kls[i]
+        rng = np.random.default_rng([args.seed, 17] if args.share else [args.seed, 17, *who.name.encode()])
         latents = rng.standard_normal((args.directions, bench.pack.k)).astype(np.float32)
         latents *= np.array([[bench.pack.scale_for(z[None], kl)] for z in latents], np.float32)
         own, null = compare(bench, model, who, profile, latents, unseen)
         limit = float(np.quantile(null, 0.95))
-        row = {"user": who.name, "predicted_kl": kl, "profile": own, "null_mean": null.mean(), "null_p95": limit}
+        row = {
+            "user": who.name,
+            "null_kl": kl,
+            "profile_kl": profile.predicted_kl,
+            "profile": own,
+            "null_mean": null.mean(),
+            "null_p95": limit,
+        }
         rows.append(row | {"beats_p95": own > limit, "null": null})
         console.print(f"{who.name}: profile {own:.2f}, random {null.mean():.2f}, their 95th percentile {limit:.2f}")
     pooled = np.mean([row["null_mean"] for row in rows])
@@ -92,17 +100,30 @@ def compare(
         own = texts(profile.encoder, who.name)
         random = [texts(constant(z), f"{who.name}: direction {i}") for i, z in enumerate(latents)]
     else:
-        shape = (bench.pack.n_layer, bench.pack.d_model)
-        of_profile = [
-            np.zeros(shape, np.float32) if v is None else v.array for v in steering(bench, profile.encoder, unseen)
-        ]
-        drawn = [array for z in latents for array in [bench.pack.decode(z).array] * n]
-        vectors = np.stack([*[np.zeros(shape, np.float32)] * n, *of_profile, *drawn])
-        asked = unseen * (len(latents) + 2)
-        kept = bench.keep("rows", unseen, cap, seed, latents, digest(np.stack(of_profile)), str(model.dtype))
-        made = sample_rows(bench, model, asked, vectors, max_tokens=cap, seed=seed, kept=kept, label=who.name)
-        parts = [[answer.text for answer in made[i : i + n]] for i in range(0, len(made), n)]
-        base, own, *random = parts
+        n_layer, d_model = bench.pack.n_layer, bench.pack.d_model
+        zero = np.zeros((n_layer, d_model), np.float32)
+
+        def rows(vectors: np.ndarray | None, label: str, times: int = 1) -> list[str]:
+            named = digest(b"" if vectors is None else vectors)
+            kept = bench.keep("rows", unseen, cap, seed, named, str(model.dtype))
+            made = sample_rows(
+                bench,
+                model,
+                unseen * times,
+                vectors,
+                max_tokens=cap,
+                seed=seed,
+                kept=kept,
+                label=f"{who.name}: {label}",
+            )
+            return [answer.text for answer in made]
+
+        base = rows(None, "base")
+        of_profile = steering(bench, profile.encoder, unseen)
+        own = rows(np.stack([zero if v is None else v.array for v in of_profile]), "profile")
+        drawn = np.stack([bench.pack.decode(z).array for z in latents]).repeat(n, axis=0)
+        every = rows(drawn, "directions", len(latents))
+        random = [every[i : i + n] for i in range(0, len(every), n)]
     return win_rate(who.judge, own, base), np.array([win_rate(who.judge, part, base) for part in random])
 
 
@@ -186,7 +207,14 @@ if __name__ == "__main__":
     p.add_argument("--directions", type=int, default=30, help="random latents per user")
     p.add_argument("--prompts", type=int, default=20, help="unseen prompts per direction")
     p.add_argument("--max-tokens", type=int, default=96)
-    p.add_argument("--engine", choices=("torch", "llamacpp"), default="torch", help="torch steers rows differently")
+    p.add_argument(
+        "--share",
+        action="store_true",
+        help="one set of directions, at the highest KL of any user's profile, judged by all: an eighth of the work",
+    )
+    p.add_argument(
+        "--engine", choices=("torch", "llamacpp"), default="llamacpp", help="torch: many directions in one batch"
+    )
     p.add_argument("--sizes", default="100,20", help="pairs per draw at the gate")
     p.add_argument("--draws", type=int, default=200, help="shuffled draws per user and size")
     p.add_argument("--true-draws", type=int, default=100, help="true draws per user and size")

@@ -195,3 +195,21 @@ def test_rotary_layouts_are_each_others_reverse(bench: dict[str, ModuleType]) ->
     interleaved = bench["training_time"].interleave(rows, 2)
     assert interleaved[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     assert torch.equal(bench["training_time"].split_halves(interleaved, 2), rows)
+
+
+def test_a_saved_document_never_replaces_another(
+    bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench["common"], "RESULTS", tmp_path)
+    document = {"script": "x", "date": "2026-01-02T03:04:05Z", "commit": "abc", "value": np.float32(0.5)}
+    for value in (document, document | {"value": 2}):
+        bench["common"].emit(value, save=True)
+    found = {path.name: json.loads(path.read_text())["value"] for path in tmp_path.iterdir()}
+    assert found == {"x-2026-01-02-abc.json": 0.5, "x-2026-01-02-abc-2.json": 2}
+    assert [json.loads(line)["value"] for line in capsys.readouterr().out.splitlines()] == [0.5, 2]
+
+
+def test_a_result_that_json_cannot_hold_is_an_error(bench: dict[str, ModuleType]) -> None:
+    document = {"script": "x", "date": "2026-01-02", "commit": "abc", "value": float("nan")}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        bench["common"].emit(document, save=False)
