@@ -68,8 +68,10 @@ def test_pairs_are_counted_by_origin() -> None:
 letters = st.sampled_from("ABCDE")
 weights = st.sampled_from((0.5, 1.0, 2.0))
 questions = st.sampled_from(("Q", "R"))
-any_pair = st.tuples(letters, letters).filter(lambda two: two[0] != two[1]).flatmap(
-    lambda two: st.builds(pair, st.just(two[0]), st.just(two[1]), prompt=questions, weight=weights)
+any_pair = (
+    st.tuples(letters, letters)
+    .filter(lambda two: two[0] != two[1])
+    .flatmap(lambda two: st.builds(pair, st.just(two[0]), st.just(two[1]), prompt=questions, weight=weights))
 )
 any_row = any_pair | st.builds(thumb, letters, st.booleans(), prompt=questions, weight=weights)
 
@@ -85,9 +87,7 @@ def test_saying_everything_twice_changes_nothing(rows: list[FeedbackRow]) -> Non
 
 
 @given(st.lists(any_row, max_size=20, unique_by=subject), st.randoms(use_true_random=False))
-def test_the_order_of_rows_matters_only_where_one_replaces_another(
-    rows: list[FeedbackRow], rng: random.Random
-) -> None:
+def test_the_order_of_rows_matters_only_where_one_replaces_another(rows: list[FeedbackRow], rng: random.Random) -> None:
     # Explicit pairs after thumbs, so that "the newest wins" between the two kinds is not in question.
     thumbs = [row for row in rows if not row.is_pair]
     pairs = [row for row in rows if row.is_pair]

@@ -130,7 +130,7 @@ def build_pack(
         "architecture": base.header.architecture,
         "n_layer": base.n_layer,
         "d_model": base.d_model,
-        "k": config.k,
+        "k": pack.pack.k,
         "recipe": "linear-fast" if fast else "linear",
         "config": asdict(config),
         "layers": [layers.start, layers.stop - 1],
@@ -147,7 +147,7 @@ def build_pack(
     return {
         "pack": str(folder),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "k": config.k,
+        "k": pack.pack.k,
         "answers": len(answers),
         "seconds": seconds,
         "health": health,

@@ -193,9 +193,7 @@ def test_numeric_times_become_iso_8601(value: object, expected: str | None) -> N
     ("verdict", "rating", "expected"),
     [(True, None, 1.0), (True, 6, 0.2), (True, 10, 1.8), (False, 5, 0.2), (False, 1, 1.8), (True, 2, 0.2)],
 )
-def test_the_weight_of_a_verdict_follows_its_one_to_ten_rating(
-    verdict: bool, rating: object, expected: float
-) -> None:
+def test_the_weight_of_a_verdict_follows_its_one_to_ten_rating(verdict: bool, rating: object, expected: float) -> None:
     assert open_webui.weight(verdict, {"rating": rating}) == pytest.approx(expected)
 
 
