@@ -88,12 +88,12 @@ class AnswerEncoder:
         tokens = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long)
         for row, answer in zip(tokens, answers, strict=True):
             row[: len(answer)] = torch.tensor(answer)
-        real = (torch.arange(tokens.shape[1])[None] < lengths[:, None]).to(self._model.dtype)
+        real = (torch.arange(tokens.shape[1])[None] < lengths[:, None])[..., None].to(self._model.dtype)
         _, blocks = self._model.hidden(tokens, layers=range(N_BLOCKS))
-        # sums over real tokens as one small product per row, accumulated in float32 by the matrix kernel
-        weight = (real / lengths[:, None].to(self._model.dtype))[:, None, :].float()
-        mean = [(weight @ states.float())[:, 0] for states in blocks]
-        spread = (weight @ blocks[-1].float().square())[:, 0].sqrt()
+        masked = [states * real for states in blocks]
+        count = lengths[:, None].float()
+        mean = [states.sum(1, dtype=torch.float32) / count for states in masked]
+        spread = torch.linalg.vector_norm(masked[-1], dim=1, dtype=torch.float32) / count.sqrt()
         length = LENGTH_WEIGHT * lengths.float().log()[:, None]
         return torch.cat([*mean, spread, length], dim=1).numpy()
 

@@ -66,12 +66,10 @@ def read_shape(header: GGUFHeader) -> LlamaShape:
 
 @dataclass(slots=True)
 class Block:
-    """Weights of one decoder block; projections that read the same input are stored stacked."""
+    """Weights of one decoder block. Projections of one input are stacked, with the norm's weight folded in."""
 
-    attn_norm: torch.Tensor  # (d_model,)
     qkv: torch.Tensor  # (d_model + 2 * n_head_kv * d_head, d_model)
     out: torch.Tensor  # (d_model, d_model)
-    ffn_norm: torch.Tensor  # (d_model,)
     gate_up: torch.Tensor  # (2 * d_ff, d_model)
     down: torch.Tensor  # (d_model, d_ff)
 
@@ -94,17 +92,21 @@ class LlamaReference:
         half = self.shape.d_head // 2
         self._inv_freq = self.shape.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
 
-    def _weights(self, *names: str) -> torch.Tensor:
-        return torch.cat([torch.from_numpy(self.tensors.read(name)) for name in names]).to(self.dtype)
+    def _weights(self, *names: str, norm: str | None = None) -> torch.Tensor:
+        """Tensors stacked by rows; the columns times `norm`, the weight of the RMS norm before them."""
+        stacked = torch.cat([torch.from_numpy(self.tensors.read(name)) for name in names])
+        if norm is not None:
+            stacked = stacked * torch.from_numpy(self.tensors.read(norm))
+        return stacked.to(self.dtype)
 
     def _block(self, il: int) -> Block:
         p = f"blk.{il}."
         return Block(
-            attn_norm=self._weights(p + "attn_norm.weight"),
-            qkv=self._weights(p + "attn_q.weight", p + "attn_k.weight", p + "attn_v.weight"),
+            qkv=self._weights(
+                p + "attn_q.weight", p + "attn_k.weight", p + "attn_v.weight", norm=p + "attn_norm.weight"
+            ),
             out=self._weights(p + "attn_output.weight"),
-            ffn_norm=self._weights(p + "ffn_norm.weight"),
-            gate_up=self._weights(p + "ffn_gate.weight", p + "ffn_up.weight"),
+            gate_up=self._weights(p + "ffn_gate.weight", p + "ffn_up.weight", norm=p + "ffn_norm.weight"),
             down=self._weights(p + "ffn_down.weight"),
         )
 
@@ -121,15 +123,16 @@ class LlamaReference:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, d_model) residual stream after the last block -> (…, n_vocab) logits."""
         if self._head is None:
+            tied = "output.weight" not in self.tensors.header.tensors
             self._embedding = self._weights("token_embd.weight")
-            self._head = (
-                self._weights("output.weight") if "output.weight" in self.tensors.header.tensors else self._embedding
-            )
-            self._head_norm = self._weights("output_norm.weight")
-        return F.linear(self._norm(hidden, self._head_norm), self._head)
+            self._head = self._weights("token_embd.weight" if tied else "output.weight", norm="output_norm.weight")
+        return F.linear(self._norm(hidden), self._head)
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (self.shape.d_model,), weight, self.shape.rms_eps)
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        """RMS norm without its weight, which is folded into the projection that follows."""
+        norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = (norm.square() / self.shape.d_model + self.shape.rms_eps).rsqrt()
+        return x * inverse.to(x.dtype)
 
     def rotary(self, positions: torch.Tensor) -> torch.Tensor:
         """(B, T) positions -> (B, 1, T, d_head / 2) unit complex numbers."""
@@ -152,7 +155,7 @@ class LlamaReference:
         w, s = self.blocks[il], self.shape
         batch, length, _ = x.shape
         widths = [s.d_model, s.n_head_kv * s.d_head, s.n_head_kv * s.d_head]
-        q, k, v = torch.split(F.linear(self._norm(x, w.attn_norm), w.qkv), widths, dim=-1)
+        q, k, v = torch.split(F.linear(self._norm(x), w.qkv), widths, dim=-1)
         q = self._rotate(q.view(batch, length, s.n_head, s.d_head).transpose(1, 2), rotary)
         k = self._rotate(k.view(batch, length, s.n_head_kv, s.d_head).transpose(1, 2), rotary)
         v = v.view(batch, length, s.n_head_kv, s.d_head).transpose(1, 2)
@@ -163,7 +166,7 @@ class LlamaReference:
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         x = x + F.linear(y.transpose(1, 2).reshape(batch, length, s.d_model), w.out)
-        gate, up = F.linear(self._norm(x, w.ffn_norm), w.gate_up).chunk(2, dim=-1)
+        gate, up = F.linear(self._norm(x), w.gate_up).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, w.down)
 
     # -- whole passes ----------------------------------------------------------------------------------------------
