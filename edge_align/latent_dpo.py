@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-
 CONTRAST_BUDGET = 2_048
 """Contrasts in all that a fit works on, as far as every pair has one: bounds its time and memory."""
 
