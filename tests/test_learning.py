@@ -13,7 +13,7 @@ from edge_align.config import RuntimeConfig
 from edge_align.encoder import PreferenceEncoder
 from edge_align.features import AnswerEncoder, open_encoder, prompt_features
 from edge_align.gguf_tensors import GGUFTensors
-from edge_align.learning import encode_dataset, learn, preference_accuracy
+from edge_align.learning import calibrate, encode_dataset, learn, preference_accuracy
 from edge_align.pack import LatentPack, load_pack
 from edge_align.pairs import Dataset
 from edge_align.records import PreferencePair, Rating, user_prompt
@@ -114,6 +114,15 @@ class TestLearning:
         far = people.chosen.copy()
         far[:5] *= 100
         assert learn(pack, replace(people, chosen=far), seed=0).outside_support == pytest.approx(5 / 20)
+
+
+def test_calibration_gives_a_direction_the_share_of_the_budget_that_its_reliability_is(pack):
+    """With metric I and curve ln KL = ln q the KL of a latent is |z|^2 / 2."""
+    found = learn(pack, feedback(pairs=60, taste=direction()), seed=0)
+    for reliability in (1.0, 0.5, 0.0):
+        encoder, predicted = calibrate(pack, replace(found, reliability=reliability), kl_budget=0.4)
+        assert predicted == pytest.approx(0.4 * reliability, rel=1e-4)
+        assert float((encoder.latent() ** 2).sum() / 2) == pytest.approx(0.4 * reliability, rel=1e-4)
 
 
 def test_preference_accuracy_counts_margins_and_gives_ties_half():
