@@ -59,7 +59,7 @@ class RuntimeConfig:
 class PersonalizeConfig:
     """kl_budget: most KL from the base, nats per decoded token; a ceiling that little evidence does not reach."""
 
-    kl_budget: float = 0.5
+    kl_budget: float = 0.4
     seed: int = 0
     activate: bool = True
     force: bool = False
