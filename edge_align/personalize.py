@@ -206,7 +206,7 @@ def personalize(
             stages_sec=stages.seconds,
             profile_bytes=store.size_bytes(profile, saved.number),
             activated=activated,
-            reason=_reason(passed=passed, config=config, more=learnt.heldout.more_rows(), total=total),
+            reason=_reason(passed=passed, config=config, more=learnt.heldout.more_rows(), total=total, scale=scale),
         )
 
 
@@ -290,7 +290,7 @@ def _nothing(sources: Sequence[Source], counts: RowCounts, profile: str) -> str:
     return f"none of the {counts.read} rows in {', '.join(s.name for s in sources)} can be used{why}"
 
 
-def _reason(*, passed: bool, config: PersonalizeConfig, more: int | None, total: int) -> str | None:
+def _reason(*, passed: bool, config: PersonalizeConfig, more: int | None, total: int, scale: float) -> str | None:
     parts = []
     if not passed:
         need = f"about {more} more verdicts may settle it" if more is not None else "there is no pattern in them yet"
@@ -299,6 +299,8 @@ def _reason(*, passed: bool, config: PersonalizeConfig, more: int | None, total:
             parts.append("activated all the same (--force)")
     elif not config.activate:
         parts.append("not activated (--no-activate)")
+    if scale == 0.0:
+        parts.append("two halves of the feedback do not agree on a direction, so it does not steer yet")
     if total > NEWEST:
         parts.append(f"trained on the newest {NEWEST:,} of {total:,} rows")
     return "; ".join(parts) or None
