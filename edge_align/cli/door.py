@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import click
 
@@ -41,6 +42,7 @@ def guarded(run: Callable[[], object], *, args: Sequence[str]) -> int:
         return _fail("Interrupted", "interrupted", EXIT_INTERRUPTED, wants_json)
     except OSError as error:
         if error.errno == errno.EPIPE:
+            _drop_stdout()
             return 1
         return _fail(type(error).__name__, _operating_system(error), 2, wants_json)
     except Exception as error:
@@ -55,17 +57,25 @@ def _fail(kind: str, message: str, code: int, wants_json: bool) -> int:
 
         traceback.print_exc(file=sys.stderr)
     click.echo(f"Error: {one_line(message)}", err=True)
-    if wants_json:
-        _document(kind, message)
+    _document(kind, message, wants_json)
     return code
 
 
-def _document(kind: str, message: str) -> None:
+def _document(kind: str, message: str, wanted: bool = True) -> None:
     try:
-        emit_json({"error": {"type": kind, "message": one_line(message)}})
+        if wanted:
+            emit_json({"error": {"type": kind, "message": one_line(message)}})
         sys.stdout.flush()
     except OSError:  # nobody reads, or the disk is full: the line on stderr has said it
-        pass
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Nothing more can be written there: let what is buffered go nowhere, or Python complains of it at exit."""
+    with suppress(OSError, ValueError):  # no descriptor behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _operating_system(error: OSError) -> str:
