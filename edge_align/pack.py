@@ -23,7 +23,6 @@ from edge_align.tensors import dump_tensors, load_tensors
 SCHEMA = 1
 MANIFEST = "manifest.json"
 TENSORS = "pack.safetensors"
-KL_RANGE = (1e-4, 2.0)  # nats per token between which `kl_curve` was fitted and may be asked
 
 
 @dataclass(frozen=True)

@@ -213,21 +213,22 @@ def personalize(
 def import_feedback(log: FeedbackLog, profile: str, sources: Sequence[Source], *, user: str | None) -> RowCounts:
     """Stream the rows of `sources` into the log. Raises InputError for a file that cannot be read as a whole."""
     counts = RowCounts()
-
-    def usable() -> Iterator[FeedbackRow]:
-        for source in sources:
-            for item in read_feedback(source.open, name=source.name, user=user):
-                counts.read += 1
-                if isinstance(item, FeedbackRow):
-                    counts.used += 1
-                    yield item
-                elif len(counts.dropped) < DROPPED_KEPT:
-                    counts.dropped.append(item)
-                else:
-                    counts.dropped_more += 1
-
-    counts.duplicates = log.append(profile, usable()).duplicates
+    counts.duplicates = log.append(profile, usable_rows(sources, counts, user=user)).duplicates
     return counts
+
+
+def usable_rows(sources: Sequence[Source], counts: RowCounts, *, user: str | None) -> Iterator[FeedbackRow]:
+    """The usable rows of `sources`, streamed; `counts` is kept up to date. Raises as `read_feedback` does."""
+    for source in sources:
+        for item in read_feedback(source.open, name=source.name, user=user):
+            counts.read += 1
+            if isinstance(item, FeedbackRow):
+                counts.used += 1
+                yield item
+            elif len(counts.dropped) < DROPPED_KEPT:
+                counts.dropped.append(item)
+            else:
+                counts.dropped_more += 1
 
 
 def evaluate(
@@ -254,17 +255,7 @@ def evaluate(
         raise InputError("there is no profile to test; make one with `edge-align personalize`")
     usable = store.load_usable(name, expect={"base_hash": base.hash, "pack_hash": pack.hash})
     counts = RowCounts()
-    rows = []
-    for source in sources:
-        for item in read_feedback(source.open, name=source.name, user=user):
-            counts.read += 1
-            if isinstance(item, FeedbackRow):
-                rows.append(item)
-            elif len(counts.dropped) < DROPPED_KEPT:
-                counts.dropped.append(item)
-            else:
-                counts.dropped_more += 1
-    dataset = Dataset(pairs=build(rows).pairs[:NEWEST], ratings=())
+    dataset = Dataset(pairs=build(usable_rows(sources, counts, user=user)).pairs[:NEWEST], ratings=())
     if not dataset.pairs:
         raise NothingUsable(_nothing(sources, counts, name))
     feedback = encode_dataset(base, pack, dataset, runtime=runtime)
