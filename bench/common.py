@@ -43,6 +43,7 @@ from edge_align.registry import find_pack  # noqa: E402
 from edge_align.runtime.llamacpp import LlamaCppBackend  # noqa: E402
 from edge_align.simulation.prompts import prompts  # noqa: E402
 from edge_align.simulation.users import make_pairs, User, user, USERS  # noqa: E402
+from edge_align_export.passes import open_passes, Passes  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 CHUNK = 50  # rows decoded together, and kept together
@@ -102,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 def provenance(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
     """What a figure depends on besides the script; no paths."""
-    hidden = ("home", "cache", "import_", "save", "model")
+    hidden = ("home", "cache", "save", "model")
     return {
         "script": Path(name).stem,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -191,6 +192,10 @@ class Bench:
     @cached_property
     def backend(self) -> LlamaCppBackend:
         return LlamaCppBackend.open(self.base.path, config=self.runtime)
+
+    @cached_property
+    def passes(self) -> Passes:
+        return open_passes(self.base, self.backend, runtime=self.runtime)
 
     @cached_property
     def reference(self) -> Any:

@@ -29,13 +29,13 @@ from edge_align import learning
 from edge_align.config import PersonalizeConfig
 from edge_align.encoder import PreferenceEncoder
 from edge_align.errors import EdgeAlignError
-from edge_align.features import AnswerEncoder, batches, MAX_TOKENS, N_BLOCKS, TOKENS_PER_BATCH
+from edge_align.features import AnswerEncoder, MAX_TOKENS, N_BLOCKS, TOKENS_PER_BATCH
 from edge_align.home import Home
 from edge_align.latent_dpo import LatentDPOConfig
 from edge_align.pairs import Dataset
 from edge_align.profiles import ProfileStore
 from edge_align.records import PreferencePair
-from edge_align.runtime.torch_ref import LlamaReference
+from edge_align.runtime.torch_ref import batches, LlamaReference
 from edge_align.simulation.users import pair_lines, user
 
 

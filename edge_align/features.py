@@ -18,7 +18,7 @@ from edge_align.gguf_tensors import GGUFTensors
 
 N_BLOCKS = 2
 MAX_TOKENS = 512  # of an answer; the rest says little more about its style
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 4096  # whose activations stay in the processor's cache
 LENGTH_WEIGHT = 5.0  # brings log2(length) to the spread of the other features' leading directions
 
 Hidden = Callable[[Sequence[Sequence[int]]], list[tuple[np.ndarray, ...]]]
@@ -69,6 +69,8 @@ class AnswerEncoder:
         """(n, n_feature) float32, in the order given. Each answer has at least one token."""
         import torch
 
+        from edge_align.runtime.torch_ref import batches
+
         out = np.empty((len(answers), n_feature(self._model.shape.d_model)), np.float32)
         cut = [list(answer[:MAX_TOKENS]) for answer in answers]
         order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
@@ -96,17 +98,6 @@ class AnswerEncoder:
         spread = torch.linalg.vector_norm(masked[-1], dim=1, dtype=torch.float32) / count.sqrt()
         length = LENGTH_WEIGHT * lengths.float().log()[:, None]
         return torch.cat([*mean, spread, length], dim=1).numpy()
-
-
-def batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive runs of `order` (sorted by length) whose padded size stays within `budget` tokens."""
-    found: list[list[int]] = []
-    for i in order:
-        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
-            found[-1].append(i)
-        else:
-            found.append([i])
-    return found
 
 
 class NativeAnswerEncoder:

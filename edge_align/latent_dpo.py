@@ -32,8 +32,8 @@ class LatentDPOConfig:
     draws: int = 16  # latents from each of prior, q(chosen), q(rejected)
     evidence: float = 0.25  # share of ordered pairs of draws kept, largest reward gaps first
     contrasts: int = 2  # of those, how many are used per pair (an unbiased subsample)
-    prior_precision: float = 16.0  # L2 on beta mu
-    max_norm: float = 8.0  # |mu| is clipped here: the prior's own radius at k = 64
+    prior_precision: float = 32.0  # L2 on beta mu
+    max_norm: float = 8.0  # |mu| is clipped here, about the prior's own radius
     head_precision: float = 8.0  # L2 on the prompt-dependent head
     head_rank: int = 2
     steps: int = 30
@@ -165,11 +165,12 @@ def fit_batch(
     up, down = balance(rated_labels, rated_weight)
     precision = [config.prior_precision] * k + [config.head_precision] * (width - k)
     ridge = torch.tensor(precision) * config.beta**2
-    gram = torch.zeros(width, width)  # bounds the Hessian: softplus bends by at most 1/4, 2 sigmoid by less than 1/5
-    for rows, weight, bend in ((contrasts.pairs, pair_weight, 0.25), (contrasts.rated, up + down, 0.2)):
+    rows = []  # a bound of the Hessian is rows' rows: softplus bends by at most 1/4, 2 sigmoid by less than 1/5
+    for found, weight, bend in ((contrasts.pairs, pair_weight, 0.25), (contrasts.rated, up + down, 0.2)):
         if weight.numel():
-            flat = rows.flatten(0, 1)
-            gram += bend * weight.abs().max() / rows.shape[1] * (flat.T @ flat)
+            rows.append(found.flatten(0, 1) * (bend * weight.abs().max() / found.shape[1]).sqrt())
+    design = torch.cat(rows) if rows else torch.zeros(1, width)
+    gram = design @ design.T if len(design) < width else design.T @ design  # the same largest eigenvalue
     curvature = config.beta**2 * torch.linalg.eigvalsh(gram)[-1] + ridge.max()
     theta = torch.zeros(versions, width)
     ahead = theta

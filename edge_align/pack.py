@@ -1,8 +1,8 @@
 """The latent pack: what all users of one base share.
 
-Encoder side: `readout` maps pooled hidden states of an answer to k latents, whitened so that answers of the base to
-one prompt have identity covariance. Decoder side: `decoder` maps latents linearly, with no offset, to steering
-vectors. `metric` and `kl_curve` predict what a latent costs in KL from the base.
+Encoder side: `readout` maps pooled hidden states of an answer to k latents, uncorrelated over answers of the base to
+one prompt and of mean variance 1. Decoder side: `decoder` maps latents linearly, with no offset, to steering vectors.
+`metric` and `kl_curve` predict what a latent costs in KL from the base.
 """
 
 from __future__ import annotations

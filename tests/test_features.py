@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from edge_align.features import (
     AnswerEncoder,
-    batches,
     LENGTH_WEIGHT,
     MAX_TOKENS,
     n_feature,
@@ -20,7 +19,7 @@ from edge_align.features import (
     prompt_features,
 )
 from edge_align.gguf_tensors import GGUFTensors
-from edge_align.runtime.torch_ref import LlamaReference
+from edge_align.runtime.torch_ref import batches, LlamaReference
 
 D = 576  # of SmolLM2-135M
 

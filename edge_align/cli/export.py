@@ -25,10 +25,13 @@ def command() -> None:
 @click.option(
     "--fast", is_flag=True, show_default=False, help="Use ready-made texts instead of sampling: quicker, less exact."
 )
+@click.option("--prompts", type=int, help="Prompts to sample answers to; more make a better pack.  [default: 304]")
 @runtime_options
 @json_option
 @click.pass_obj
-def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime: RuntimeConfig) -> None:
+def pack(
+    app: App, model: str, recipe: str, out: str | None, fast: bool, prompts: int | None, runtime: RuntimeConfig
+) -> None:
     """Build the latent pack of a base.
 
     Samples answers of the base and finds the directions in which they differ. Takes minutes to hours, most of it for
@@ -36,7 +39,7 @@ def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime
     """
     from edge_align.bases import find_base
     from edge_align.registry import estimate_minutes
-    from edge_align_export.pack import build_pack
+    from edge_align_export.pack import build_pack, LinearConfig
 
     home = app.home
     base = find_base(model, hash_cache=home.hash_cache)
@@ -51,6 +54,7 @@ def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime
             fast=fast,
             runtime=runtime,
             progress=progress,
+            config=LinearConfig() if prompts is None else LinearConfig(prompts=prompts),
         )
     if app.json:
         emit_json(report)

@@ -226,6 +226,33 @@ class LlamaReference:
         return found
 
     @torch.inference_mode()
+    def mean_hidden(
+        self,
+        sequences: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        layers: Sequence[int],
+        *,
+        tokens_per_batch: int = 8192,
+    ) -> np.ndarray:
+        """(n, len(layers), d_model) float32: mean output of each block over the span [first, last) of each row."""
+        out = np.empty((len(sequences), len(layers), self.shape.d_model), np.float32)
+        lengths = [len(sequence) for sequence in sequences]
+        for rows in batches(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, tokens_per_batch):
+            tokens = torch.zeros(len(rows), len(sequences[rows[-1]]), dtype=torch.long)
+            share = torch.zeros(tokens.shape)
+            for j, i in enumerate(rows):
+                first, last = spans[i]
+                tokens[j, : len(sequences[i])] = torch.tensor(sequences[i])
+                share[j, first:last] = 1 / (last - first)
+            rotary = self.rotary(torch.arange(tokens.shape[1])[None])
+            x = self.embed(tokens)
+            for il in range(max(layers) + 1):
+                x = self.block(il, x, rotary, None)
+                for at in (at for at, layer in enumerate(layers) if layer == il):
+                    out[rows, at] = torch.einsum("bt,btd->bd", share, x.float()).numpy()
+        return out
+
+    @torch.inference_mode()
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -281,6 +308,7 @@ class LlamaReference:
         cache.lengths = lengths - 1
         answers: list[list[int]] = [[] for _ in prompts]
         alive = torch.arange(len(prompts))
+        open_ = set(range(len(prompts)))
         current = tokens[alive, lengths - 1]
         for _ in range(sampling.max_tokens):
             rotary = self.rotary(cache.lengths[:, None])
@@ -294,18 +322,29 @@ class LlamaReference:
                     x = x + rows[:, il, None, :].to(x.dtype)
             cache.lengths = cache.lengths + 1
             current = draw(self.head(x[:, 0]).float(), sampling, rng)
-            keep = []
-            for j, token in enumerate(current.tolist()):
-                answers[int(alive[j])].append(token)
-                if token not in eos:
-                    keep.append(j)
-            if not keep:
+            for i, token in zip(alive.tolist(), current.tolist(), strict=True):
+                if i in open_:
+                    answers[i].append(token)
+                    if token in eos:
+                        open_.discard(i)
+            if not open_:
                 break
-            if len(keep) < len(current):
-                kept = torch.tensor(keep)
+            if len(open_) <= 0.8 * len(alive):  # copying the cache costs more than a few idle rows
+                kept = torch.tensor([j for j, i in enumerate(alive.tolist()) if i in open_])
                 alive, current = alive[kept], current[kept]
                 cache.select(kept)
         return answers
+
+
+def batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive runs of `order` (sorted by length) whose padded size stays within `budget` tokens."""
+    found: list[list[int]] = []
+    for i in order:
+        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 Answers of the base to one prompt differ in style and in content; their deep activations, centred within the prompt,
 are regressed on the encoder's features, and the k directions of the fitted values that matter most become the latents
-(reduced-rank regression, Izenman 1975). Pure numpy, no model.
+(reduced-rank regression, Izenman 1975). They are turned and scaled so that a latent's variance is what of it persists
+from the first half of an answer to the second: that is style, what a person can have a taste for, and Latent DPO, whose
+prior is the same along every latent, looks there first (docs/decisions/0004). Pure numpy, no model.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 VARIANCE_FLOOR = 0.05
-"""Of a latent's posterior; the prior's is 1. A posterior sharper than this would be overconfident (methods: floor)."""
+"""Of a latent's posterior, relative to the latent's own. A sharper posterior would be overconfident."""
+
+PERSISTENCE_FLOOR = 0.05
+"""Of a latent's variance, relative to the mean over latents: nothing is ruled out as a taste."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,14 @@ class LinearPack:
     variance: np.ndarray
     decoder: np.ndarray
     r2: float  # held-out R2 of the deep latents given the features
+    persistence: np.ndarray  # (k,) covariance of a whitened latent between the halves of an answer, largest first
     latents: np.ndarray  # (n, k) of the answers it was made from, centred within their prompt
 
 
 def solve(
     *,
     features: np.ndarray,
+    halves: tuple[np.ndarray, np.ndarray],
     deep: np.ndarray,
     groups: np.ndarray,
     prompt_features: np.ndarray,
@@ -41,16 +48,17 @@ def solve(
     ridge: float,
     inputs: int,
 ) -> LinearPack:
-    """features (n, f); deep (n, len(layers), d) mean hidden states of `layers`; groups (n,) index of the prompt in
-    prompt_features (n_prompt, p). `ridge` is relative to unit-variance features; `inputs`: size of the prompt head."""
+    """features (n, f) of the answers, and of their first and second halves; deep (n, len(layers), d) mean hidden states
+    of `layers`; groups (n,) index of the prompt in prompt_features (n_prompt, p). `ridge` is relative to unit-variance
+    features; `inputs`: size of the prompt head."""
     n, _, width = deep.shape
     mean = features.mean(0)
     f = within(features, groups)
     d = within(deep.reshape(n, -1), groups).reshape(deep.shape)
     scale = np.sqrt((d**2).mean((0, 2)))  # every layer has the same say
     target = (d / scale[None, :, None]).reshape(n, -1)
-    fitted = f @ ridge_regression(f, target, ridge)
-    _, vectors = np.linalg.eigh(fitted @ fitted.T)  # n x n is the smaller side
+    fitted = np.linalg.qr(f, mode="r") @ ridge_regression(f, target, ridge)  # up to a rotation of the n rows
+    _, vectors = np.linalg.eigh(fitted @ fitted.T)
     basis, _ = np.linalg.qr(fitted.T @ vectors[:, ::-1][:, :k])
     deep_latent = target @ basis
     readout = ridge_regression(f, deep_latent, ridge)
@@ -58,16 +66,20 @@ def solve(
     values, rotation = np.linalg.eigh(z.T @ z / n)
     order = np.argsort(values)[::-1]
     whiten = rotation[:, order] / np.sqrt(np.maximum(values[order], 1e-8 * values.max()))
-    readout, deep_latent = readout @ whiten, deep_latent @ whiten
-    z = f @ readout
+    persistence, axes, spread = persistent(readout @ whiten, halves, groups)
+    turn = whiten @ axes
+    readout, deep_latent = readout @ turn, deep_latent @ turn
+    z = f @ readout  # identity covariance
     decoder = np.zeros((k, n_layer, width), np.float32)
     decoder[:, list(layers)] = np.einsum("nk,nld->kld", z, d) / n
+    decoder *= spread[:, None, None]
     decoder[:, 0] = 0.0
 
     test = groups % 5 == 0
     partial = ridge_regression(f[~test], deep_latent[~test], ridge)
     error = (deep_latent[test] - f[test] @ partial) ** 2
-    variance = error.mean(0)
+    variance = np.maximum(error.mean(0), VARIANCE_FLOOR) * spread**2
+    readout, z = readout * spread, z * spread
 
     described = np.concatenate([prompt_features, np.ones((len(prompt_features), 1), np.float32)], 1)
     raw = (features - mean) @ readout
@@ -78,11 +90,28 @@ def solve(
         feature_mean=mean.astype(np.float32),
         baseline=_with_offset(prompt_features[present], per_prompt, 1.0),
         prompt_projection=_project(prompt_features, inputs, described.shape[1]),
-        variance=np.maximum(variance, VARIANCE_FLOOR).astype(np.float32),
+        variance=variance.astype(np.float32),
         decoder=decoder,
         r2=float(1 - error.sum() / (deep_latent[test] ** 2).sum()),
+        persistence=persistence.astype(np.float32),
         latents=z.astype(np.float32),
     )
+
+
+def persistent(
+    readout: np.ndarray, halves: tuple[np.ndarray, np.ndarray], groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latents by how alike the halves of an answer are: covariances (k,), largest first; axes (k, k); their scale (k,).
+
+    readout (f, k) reads latents of identity covariance.
+    """
+    first, second = (within(half, groups) @ readout for half in halves)
+    shared = first.T @ second / len(first)
+    values, axes = np.linalg.eigh((shared + shared.T) / 2)
+    values, axes = values[::-1], axes[:, ::-1]
+    mean = np.maximum(values, 0.0).mean()
+    spread = np.sqrt(np.maximum(values / mean, PERSISTENCE_FLOOR)) if mean > 0 else np.ones_like(values)
+    return values, axes, spread / np.sqrt((spread**2).mean())
 
 
 def within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,12 +22,13 @@ from edge_align.files import make_private_dir
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
 from edge_align.pack import fit_kl_curve, kl_of_quadratic, LatentPack, load_pack, save_pack
-from edge_align.runtime.activations import ActivationReader
 from edge_align.runtime.llamacpp import LlamaCppBackend, probe_steering
 from edge_align.simulation.prompts import prompts
+from edge_align.simulation.users import MORE_USERS
 from edge_align_export.card import card
 from edge_align_export.linear import LinearPack, solve
 from edge_align_export.metric import fisher_metric, measured_kl, open_probe, Probe
+from edge_align_export.passes import open_passes, Passes
 from edge_align_export.texts import Answers, committed_answers, sample_answers
 
 Progress = Callable[[str, float], None]
@@ -37,20 +38,20 @@ Progress = Callable[[str, float], None]
 class LinearConfig:
     """The `linear` recipe. What each number was chosen by is in docs/decisions/0004."""
 
-    k: int = 64
-    prompts: int = 240
-    answers: int = 4  # per prompt
+    k: int = 96
+    prompts: int = 304
+    answers: int = 8  # per prompt
     max_tokens: int = 96
     first_layer: float = 0.27  # of n_layer: blocks 8 to 21 of 30
     last_layer: float = 0.70
     ridge: float = 0.3
     head_inputs: int = 16
-    metric_answers: int = 10
-    metric_tokens: int = 32
+    metric_answers: int = 16
+    metric_tokens: int = 40
     metric_step: float = 0.3
-    curve_points: int = 24
-    loop_latents: int = 24
-    loop_prompts: int = 8
+    curve_points: int = 32
+    loop_latents: int = 16
+    loop_prompts: int = 16
     loop_tokens: int = 48
     loop_kl: float = 0.4
     seed: int = 1000
@@ -103,12 +104,15 @@ def build_pack(
             raise BackendUnavailable(
                 f"llama.cpp ignores steering vectors on {backend.info.architecture} models; choose another base"
             )
+        passes = open_passes(base, backend, runtime=runtime)
+        stack.callback(passes.close)
         tell = stage("sample")
         if fast:
             answers = committed_answers(backend, max_tokens=config.max_tokens)
             tell(1.0)
         else:
             answers = sample_answers(
+                passes,
                 backend,
                 prompts("pack")[: config.prompts],
                 per_prompt=config.answers,
@@ -117,12 +121,12 @@ def build_pack(
                 tell=tell,
             )
         layers = steered_layers(base, config)
-        deep = _read_activations(base, answers, layers, runtime=runtime, work=work, tell=stage("activations"))
+        deep = _read_activations(base, passes, answers, layers, work=work, tell=stage("activations"))
         linear = _solve(base, backend, answers, deep, layers, config, tell=stage("solve"))
         rng = np.random.default_rng(config.seed)
-        pack = _measure(base, backend, answers, linear, config, rng, stage)
+        pack = _measure(base, backend, answers, linear, config, rng, work, stage)
         health = {"r2": round(linear.r2, 4), **pack.health}
-        health |= _closed_loop(base, backend, answers, pack.pack, config, rng, tell=stage("closed loop"))
+        health |= _closed_loop(base, passes, answers, pack.pack, config, rng, tell=stage("closed loop"))
 
     manifest = {
         "base": base.id,
@@ -139,7 +143,8 @@ def build_pack(
         "seconds": seconds,
         "edge_align": edge_align.__version__,
         "engine": backend.info.version,
-        "command": f"edge-align export pack --model {base.id} --recipe linear" + (" --fast" if fast else ""),
+        "passes": passes.reason,
+        "command": _command(base, config, fast=fast),
     }
     tensors = _tensors(linear) | {"metric": pack.pack.metric, "kl_curve": pack.pack.kl_curve}
     save_pack(folder, tensors=tensors, manifest=manifest, card=card(manifest))
@@ -152,6 +157,12 @@ def build_pack(
         "seconds": seconds,
         "health": health,
     }
+
+
+def _command(base: BaseModel, config: LinearConfig, *, fast: bool) -> str:
+    """What makes this pack again."""
+    sizes = "" if config.prompts == LinearConfig().prompts else f" --prompts {config.prompts}"
+    return f"edge-align export pack --model {base.id} --recipe linear{' --fast' if fast else sizes}"
 
 
 def _texts_id(base: BaseModel, config: LinearConfig, *, fast: bool) -> str:
@@ -168,34 +179,31 @@ def steered_layers(base: BaseModel, config: LinearConfig) -> range:
 
 def _read_activations(
     base: BaseModel,
+    passes: Passes,
     answers: Answers,
     layers: range,
     *,
-    runtime: RuntimeConfig,
     work: Path,
     tell: Callable[[float], None],
 ) -> np.ndarray:
     """(n, len(layers), d_model) mean hidden states over each answer, with its prompt in front."""
     parts = []
     size = 64
-    with ActivationReader.open(base.path, config=runtime) as reader:
-        for start in range(0, len(answers), size):
-            path = work / f"deep-{start:06d}.npy"
-            chunk = slice(start, start + size)
-            n = len(answers.completions[chunk])
-            part = _kept_array(path, (n, len(layers), base.d_model))
-            if part is None:
-                pairs = list(zip(answers.prompts[chunk], answers.completions[chunk], strict=True))
-                part = reader.mean_hidden(
-                    [[*prompt, *answer] for prompt, answer in pairs],
-                    [(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs],
-                    list(layers),
-                ).astype(np.float16)
-                with path.with_suffix(".tmp").open("wb") as file:
-                    np.save(file, part, allow_pickle=False)
-                path.with_suffix(".tmp").replace(path)
-            parts.append(part.astype(np.float32))
-            tell((start + n) / len(answers))
+    for start in range(0, len(answers), size):
+        path = work / f"deep-{start:06d}.npy"
+        chunk = slice(start, start + size)
+        n = len(answers.completions[chunk])
+        part = _kept_array(path, (n, len(layers), base.d_model))
+        if part is None:
+            pairs = list(zip(answers.prompts[chunk], answers.completions[chunk], strict=True))
+            part = passes.mean_hidden(
+                [[*prompt, *answer] for prompt, answer in pairs],
+                [(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs],
+                list(layers),
+            ).astype(np.float16)
+            _keep_array(path, part)
+        parts.append(part.astype(np.float32))
+        tell((start + n) / len(answers))
     deep = np.concatenate(parts)
     if not np.isfinite(deep).all():
         raise CorruptArtefact(f"{base.path} computes activations that are not finite; the file may be damaged")
@@ -210,6 +218,12 @@ def _kept_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return part if part.shape == shape else None
 
 
+def _keep_array(path: Path, array: np.ndarray) -> None:
+    with path.with_suffix(".tmp").open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    path.with_suffix(".tmp").replace(path)
+
+
 def _solve(
     base: BaseModel,
     backend: LlamaCppBackend,
@@ -220,10 +234,15 @@ def _solve(
     *,
     tell: Callable[[float], None],
 ) -> LinearPack:
-    features = open_encoder(base.path).encode(answers.completions)
+    encoder = open_encoder(base.path)
+    middle = [len(tokens) // 2 for tokens in answers.completions]
+    each = list(zip(answers.completions, middle, strict=True))
+    features = encoder.encode(answers.completions)
+    halves = encoder.encode([t[:m] for t, m in each]), encoder.encode([t[m:] for t, m in each])
     described = prompt_features(GGUFTensors(base.path), [backend.tokenize(text) for text in answers.questions])
     linear = solve(
         features=features,
+        halves=halves,
         deep=deep,
         groups=answers.groups,
         prompt_features=described,
@@ -261,6 +280,7 @@ def _measure(
     linear: LinearPack,
     config: LinearConfig,
     rng: np.random.Generator,
+    work: Path,
     stage: Callable[[str], Callable[[float], None]],
 ) -> _Measured:
     """Fisher metric, then the KL curve on other answers, along random and along natural directions."""
@@ -282,15 +302,20 @@ def _measure(
         kl_curve=np.array([0, 1, 0], np.float32),
         hash="",
     )
-    metric = fisher_metric(backend, probe(0), pack.decode, k=k, step=config.metric_step, tell=stage("metric"))
+    tell = stage("metric")
+    path = work / f"metric-{hashlib.sha256(linear.decoder.tobytes()).hexdigest()[:12]}.npy"
+    metric = _kept_array(path, (k, k))
+    if metric is None:
+        metric = fisher_metric(backend, probe(0), pack.decode, k=k, step=config.metric_step, tell=tell)
+        _keep_array(path, metric)
+    tell(1.0)
     tell = stage("KL curve")
     other = probe(3)
+    texts = [backend.detokenize(tokens) for tokens in answers.completions]
     quadratic, measured = [], []
     for i in range(config.curve_points):
-        z = rng.standard_normal(k)
-        if i % 2:  # a direction in which answers really differ, as a person's will be
-            a, b = rng.integers(len(linear.latents), size=(2, 12))
-            z = (linear.latents[a] - linear.latents[b]).mean(0)
+        # every other one a direction that somebody's verdicts point in, as a profile's will
+        z = taste(linear.latents, texts, answers.groups, rng) if i % 2 else rng.standard_normal(k)
         q = np.exp(np.log(0.02) + (np.log(3.0) - np.log(0.02)) * (i + 0.5) / config.curve_points)
         z = (z * np.sqrt(2 * q / (z @ metric @ z))).astype(np.float32)
         quadratic.append(q)
@@ -305,9 +330,21 @@ def _measure(
     return _Measured(replace(pack, metric=metric, kl_curve=curve), health)
 
 
+def taste(latents: np.ndarray, texts: Sequence[str], groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Direction (k,) of a simulated person's verdicts on 20 to 100 prompts; the people are those of validation."""
+    judge = MORE_USERS[int(rng.integers(len(MORE_USERS)))].judge
+    asked = np.unique(groups)
+    total = np.zeros(latents.shape[1])
+    for group in rng.permutation(asked)[: rng.integers(min(20, len(asked)), min(100, len(asked)) + 1)]:
+        rows = np.flatnonzero(groups == group)
+        scores = [judge(texts[int(row)]) for row in rows]
+        total += latents[rows[int(np.argmax(scores))]] - latents[rows[int(np.argmin(scores))]]
+    return total if total.any() else np.asarray(rng.standard_normal(len(total)))
+
+
 def _closed_loop(
     base: BaseModel,
-    backend: LlamaCppBackend,
+    passes: Passes,
     answers: Answers,
     pack: LatentPack,
     config: LinearConfig,
@@ -315,27 +352,30 @@ def _closed_loop(
     *,
     tell: Callable[[float], None],
 ) -> dict[str, float]:
-    """Inject a latent, generate, encode the answers: how much of it comes back, and in which direction."""
+    """Inject random latents, generate, encode the answers: how much of a latent comes back, and how straight.
+
+    Every latent is injected both ways, and half the difference counts: what any steering does to answers cancels.
+    loop_gain is the regression of what comes back on what went in; loop_cosine is the angle of the mean response to
+    one latent, over `loop_prompts` prompts.
+    """
     encoder = open_encoder(base.path)
     groups = rng.choice(np.unique(answers.groups), size=config.loop_prompts, replace=False)
-    rows = [int(np.flatnonzero(answers.groups == g)[0]) for g in groups]
-    rendered = [answers.prompts[row] for row in rows]
+    prompts = [answers.prompts[int(np.flatnonzero(answers.groups == group)[0])] for group in groups]
     sampling = SamplingConfig(max_tokens=config.loop_tokens, seed=config.seed + 99)
 
-    def mean_latent(z: np.ndarray | None) -> np.ndarray:
-        vectors = None if z is None else pack.decode(z)
-        made = backend.generate_batch(rendered, vectors=vectors, sampling=sampling)
-        texts = [list(answer.tokens) for answer in made if len(answer.tokens) > 2]
-        latent: np.ndarray = pack.encode(encoder.encode(texts)).mean(0)
-        return latent
+    def mean_latent(z: np.ndarray) -> np.ndarray:
+        made = passes.sample(prompts, sampling=sampling, vectors=[pack.decode(z)] * len(prompts))
+        latents: np.ndarray = pack.encode(encoder.encode([tokens or [0] for tokens in made])).mean(0)
+        return latents
 
-    unsteered = mean_latent(None)
-    gains, cosines = [], []
+    sent, back = [], []
     for i in range(config.loop_latents):
         z = rng.standard_normal(pack.k).astype(np.float32)
         z *= pack.scale_for(z[None], config.loop_kl)
-        back = mean_latent(z) - unsteered
-        gains.append(float(back @ z / (z @ z)))
-        cosines.append(float(back @ z / (np.linalg.norm(back) * np.linalg.norm(z))))
+        sent.append(z)
+        back.append((mean_latent(z) - mean_latent(-z)) / 2)
         tell((i + 1) / config.loop_latents)
-    return {"loop_gain": round(float(np.mean(gains)), 3), "loop_cosine": round(float(np.mean(cosines)), 3)}
+    a, b = np.stack(sent), np.stack(back)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    gain, cosine = (a * b).sum() / (a * a).sum(), ((a * b).sum(1) / norms).mean()
+    return {"loop_gain": round(float(gain), 3), "loop_cosine": round(float(cosine), 3)}

@@ -14,6 +14,7 @@ from edge_align.files import write_atomic
 from edge_align.records import user_prompt
 from edge_align.runtime.llamacpp import LlamaCppBackend
 from edge_align.simulation.foreign import foreign_pairs
+from edge_align_export.passes import Passes
 
 CHUNK = 16  # prompts sampled, and kept, at a time
 
@@ -32,6 +33,7 @@ class Answers:
 
 
 def sample_answers(
+    passes: Passes,
     backend: LlamaCppBackend,
     questions: Sequence[str],
     *,
@@ -56,7 +58,7 @@ def sample_answers(
                 seed=sampling.seed + start * per_prompt,
             )
             repeated = [prompt for prompt in rendered for _ in range(per_prompt)]
-            kept = [list(answer.tokens) for answer in backend.generate_batch(repeated, vectors=None, sampling=seeded)]
+            kept = passes.sample(repeated, sampling=seeded)
             write_atomic(path, json.dumps(kept).encode())
         for i, tokens in enumerate(kept):
             if len(tokens) > 2:

@@ -1,0 +1,125 @@
+"""The forward passes of a recipe, on the engine that is fastest for them here: sampling and deep activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+
+from edge_align.bases import BaseModel
+from edge_align.config import RuntimeConfig, SamplingConfig
+from edge_align.errors import BackendUnavailable
+from edge_align.records import SteeringVectors
+from edge_align.runtime.activations import ActivationReader
+from edge_align.runtime.llamacpp import LlamaCppBackend
+
+BATCH = 128  # rows sampled together in PyTorch
+
+Vectors = Sequence[SteeringVectors | None]
+
+
+class Passes(Protocol):
+    """reason: which engine, and why."""
+
+    @property
+    def reason(self) -> str: ...
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
+    ) -> list[list[int]]:
+        """One answer per prompt (token ids, end of text excluded); vectors: what steers each row."""
+        ...
+
+    def mean_hidden(
+        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
+    ) -> np.ndarray:
+        """(n, len(layers), d_model) float32: mean output of each block over the span [first, last) of each row."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class TorchPasses:
+    """PyTorch in bfloat16, a batch of rows at a time, each with vectors of its own.
+
+    Raises BackendUnavailable for an architecture it does not compute and on a processor without bfloat16
+    instructions, where llama.cpp is faster.
+    """
+
+    reason = "PyTorch: this processor multiplies bfloat16 matrices"
+
+    def __init__(self, base: BaseModel) -> None:
+        import torch
+
+        from edge_align.runtime.torch_ref import LlamaReference, read_shape
+
+        read_shape(base.header)
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise BackendUnavailable("this processor has no bfloat16 instructions")
+        end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
+        if not isinstance(end, int):
+            raise BackendUnavailable(f"{base.path} does not say which token ends a text")
+        self._model, self._eos = LlamaReference(base.path, dtype=torch.bfloat16), end
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
+    ) -> list[list[int]]:
+        """As `Passes.sample`."""
+        steering = None
+        if vectors is not None and any(v is not None for v in vectors):
+            shape = (self._model.shape.n_layer, self._model.shape.d_model)
+            steering = np.stack([np.zeros(shape, np.float32) if v is None else v.array for v in vectors])
+        made = self._model.sample(prompts, sampling=sampling, eos=[self._eos], vectors=steering, batch=BATCH)
+        return [[token for token in tokens if token != self._eos] for tokens in made]
+
+    def mean_hidden(
+        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
+    ) -> np.ndarray:
+        """As `Passes.mean_hidden`."""
+        return self._model.mean_hidden(sequences, spans, layers)
+
+    def close(self) -> None: ...
+
+
+class NativePasses:
+    """llama.cpp: any architecture, any processor."""
+
+    reason = "llama.cpp: PyTorch does not compute this architecture, or not fast, here"
+
+    def __init__(self, base: BaseModel, backend: LlamaCppBackend, *, runtime: RuntimeConfig) -> None:
+        self._base, self._backend, self._runtime = base, backend, runtime
+        self._reader: ActivationReader | None = None
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
+    ) -> list[list[int]]:
+        """As `Passes.sample`; rows with the same vectors (the same object) are decoded together."""
+        made: list[list[int]] = []
+        each = list(zip(prompts, vectors or [None] * len(prompts), strict=True))
+        for _, group in groupby(each, key=lambda row: id(row[1])):
+            rows = list(group)
+            answers = self._backend.generate_batch([row[0] for row in rows], vectors=rows[0][1], sampling=sampling)
+            made += [list(answer.tokens) for answer in answers]
+        return made
+
+    def mean_hidden(
+        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
+    ) -> np.ndarray:
+        """As `Passes.mean_hidden`."""
+        if self._reader is None:
+            self._reader = ActivationReader.open(self._base.path, config=self._runtime)
+        return self._reader.mean_hidden(sequences, spans, layers)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+
+
+def open_passes(base: BaseModel, backend: LlamaCppBackend, *, runtime: RuntimeConfig) -> Passes:
+    """PyTorch where it is the faster one, else llama.cpp."""
+    try:
+        return TorchPasses(base)
+    except BackendUnavailable:
+        return NativePasses(base, backend, runtime=runtime)
