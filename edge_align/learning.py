@@ -117,9 +117,10 @@ def learn(pack: LatentPack, feedback: LatentFeedback, *, seed: int, config: Late
 def calibrate(pack: LatentPack, learnt: Learnt, *, kl_budget: float) -> tuple[PreferenceEncoder, float]:
     """The encoder at strength 1, and the KL predicted for it, nats per decoded token.
 
-    The budget is a ceiling: a direction that fresh feedback would not give again gets less of it.
+    The budget is a ceiling: a direction that fresh feedback would not give again gets less of it. The square root of
+    the reliability is the expected cosine between what was learnt and what the person likes.
     """
-    scale = pack.scale_for(learnt.latents, kl_budget * learnt.reliability)
+    scale = pack.scale_for(learnt.latents, kl_budget * learnt.reliability**0.5)
     return replace(learnt.encoder, scale=scale), pack.mean_kl(learnt.latents * scale)
 
 

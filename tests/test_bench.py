@@ -58,7 +58,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def workplace(tmp_path_factory: pytest.TempPathFactory, bench: dict[str, ModuleType]) -> tuple[str, ...]:
     """Options that point a script at a random pack and at answers of different lengths to 12 training prompts."""
     root = tmp_path_factory.mktemp("bench")
     base, rng = find_base(), np.random.default_rng(0)
@@ -74,20 +74,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         "decoder": decoder,
         "metric": np.eye(K) * 0.01,
         "kl_curve": np.array([0.0, 1.0, 0.0]),
+        "kl_skew": np.zeros(K),
     }
     manifest = {"base_hash": base.hash, "n_layer": base.n_layer, "d_model": d, "k": K}
     save_pack(root / "packs" / "random", tensors=tensors, manifest=manifest)
     answers = ["Yes.", "Bread is fine.", "I would think that bread is fine, on most days.", "Bread. " * 20]
-    rows = [
-        {"prompt": prompt, "answers": [{"tok": [1, 2], "text": f"{text} {i}"} for text in answers]}
-        for i, prompt in enumerate(prompts("train")[:12])
-    ]
-    path = root / "answers.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ("--home", str(root), "--threads", "1", "--quick")
-    document = run("answers.py", *options, "--set", "train", "--import", str(path))
-    assert document["imported"] == 12
-    assert document["train"] == {"prompts": 12, "answers": 48, "mean_tokens": 1.0}  # the end-of-text token is not kept
+    common = bench["common"]
+    with common.Bench(common.parser("").parse_args(options)) as opened:
+        store = common.train_store(opened)
+    for i, prompt in enumerate(prompts("train")[:12]):
+        store.add({"prompt": prompt, "answers": [{"text": f"{text} {i}", "tokens": [1, 2]} for text in answers]})
+    document = run("answers.py", *options, "--set", "train")
+    assert document["train"] == {"prompts": 12, "answers": 48, "mean_tokens": 2.0}  # none was missing
     return options
 
 
