@@ -10,6 +10,7 @@ from pathlib import Path
 from edge_align.errors import BackendUnavailable, InputError
 from edge_align.files import cached_hash, sha256_file
 from edge_align.gguf_header import GGUFHeader, read_header
+from edge_align.home import Home
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,16 @@ class BaseModel:
         return self.header.d_model
 
 
-def find_base(model: str | None = None, *, hash_cache: Path | None = None) -> BaseModel:
+def find_base(model: str | None = None, *, home: Home | None = None) -> BaseModel:
     """The base that `model` means: None the default, else a known id or the path of a GGUF file.
+
+    home: remembers hashes of files.
 
     Raises BackendUnavailable (the extra is not installed), InputError (neither an id nor a file), ModelLoadError
     (the file is not a whole GGUF model).
     """
     name = DEFAULT_BASE if model is None else model
+    hash_cache = home.hash_cache if home else None
     if name in KNOWN:
         path = _installed(name)
         return BaseModel(name, path, read_header(path), hash_cache)

@@ -170,6 +170,29 @@ def write_atomic(path: Path, data: bytes) -> None:
         sync_dir(path.parent)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for a file too large for memory; when the body ends it becomes `path`, mode 0600.
+
+    A body that fails, or is interrupted, leaves `path` as it was. Raises StorageError.
+    """
+    with storage_errors(path):
+        fd, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        os.close(fd)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o600)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_dir(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of canonical JSON. Raises StorageError, InputError."""
     write_atomic(path, canonical_json(value))

@@ -11,6 +11,7 @@ from edge_align.errors import ArtefactError, EdgeAlignError, PackMissing
 from edge_align.files import load_json_object
 from edge_align.home import Home
 from edge_align.pack import LatentPack, load_pack, MANIFEST
+from edge_align.profiles import ProfileStore, Usable
 
 MINUTES_PER_GB = 360.0
 """`export pack --recipe linear`: measured minutes on two cores per gigabyte of GGUF, at the default sample size."""
@@ -33,6 +34,33 @@ def pack_folders(home: Home) -> Iterator[Path]:
 def find_pack(base: BaseModel, home: Home) -> LatentPack:
     """The pack made for this base. Raises PackMissing, CorruptArtefact, UnsupportedVersion."""
     return load_pack(_find_folder(base, home), base_hash=base.hash)
+
+
+def open_profile(
+    store: ProfileStore,
+    name: str,
+    base: BaseModel,
+    home: Home,
+    *,
+    version: int | None = None,
+    pack: LatentPack | None = None,
+) -> tuple[Usable, LatentPack | None]:
+    """A profile that fits this base, by default its active version, and the pack it needs.
+
+    The pack is None for a profile of form "vectors", which needs none. pack: where it is open already.
+    Raises InputError, IncompatibleBase (every mismatch), CorruptArtefact, UnsupportedVersion, PackMissing.
+    """
+
+    def load(expect: dict[str, Any] | None) -> Usable:
+        if version is None:
+            return store.load_usable(name, expect=expect)
+        return Usable(version, *store.load(name, version, expect=expect))
+
+    expect = {"base_hash": base.hash, "n_layer": base.n_layer, "d_model": base.d_model}
+    if load(None).manifest.get("form") == "vectors":
+        return load(expect), None
+    pack = pack or find_pack(base, home)
+    return load(expect | {"pack_hash": pack.hash, "k": pack.k}), pack
 
 
 def _find_folder(base: BaseModel, home: Home) -> Path:
@@ -65,7 +93,7 @@ def known_models(home: Home) -> list[dict[str, Any]]:
 def _describe_known(name: str, home: Home) -> dict[str, Any]:
     found: dict[str, Any] = {"id": name, "title": KNOWN[name].title, "path": None, "hash": None, "pack": None}
     try:
-        base = find_base(name, hash_cache=home.hash_cache)
+        base = find_base(name, home=home)
         found |= {"path": str(base.path), "hash": base.hash}
         found["pack"] = describe_pack(_find_folder(base, home))
     except EdgeAlignError as error:

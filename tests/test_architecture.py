@@ -58,6 +58,7 @@ edge_align.pack
 edge_align.encoder
 edge_align.gguf_header
 edge_align.gguf_tensors
+edge_align.control_vector
 edge_align.bases
 edge_align.registry
 edge_align.runtime
@@ -70,6 +71,8 @@ edge_align.runtime.llama_rows
 edge_align.runtime.llamacpp
 edge_align.runtime.activations
 edge_align.runtime.torch_ref
+edge_align.kl
+edge_align.exchange
 edge_align.features
 edge_align.latent_dpo
 edge_align.gate
@@ -87,6 +90,7 @@ edge_align.cli.output
 edge_align.cli.door
 edge_align.cli.options
 edge_align.cli.report
+edge_align.cli.control_vector
 edge_align.cli.conversation
 edge_align.cli.personalize
 edge_align.cli.generate

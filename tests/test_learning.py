@@ -52,7 +52,7 @@ class TestEncoding:
 
     @pytest.fixture
     def real(self, built):
-        return find_base(hash_cache=built[0].hash_cache), load_pack(next(built[0].packs_dir.iterdir()))
+        return find_base(home=built[0]), load_pack(next(built[0].packs_dir.iterdir()))
 
     def test_gives_every_row_its_latent_centred_on_what_its_prompt_makes_likely(self, real, backend):
         base, pack = real

@@ -100,7 +100,7 @@ def _model(app: App, model: str | None, runtime: RuntimeConfig) -> Iterator[Chec
 
     try:
         home = app.home
-        base = find_base(model, hash_cache=home.hash_cache)
+        base = find_base(model, home=home)
         n_bytes = base.path.stat().st_size
         yield Check("base", "ok", f"{base.id}, {base.hash}, {size(n_bytes)}, {shown(base.path)}")
     except (EdgeAlignError, OSError) as error:
@@ -138,7 +138,7 @@ def _pack(home: Home, base: BaseModel) -> Check:
 
 def _profile(home: Home, base: BaseModel) -> Check:
     from edge_align.profiles import ProfileStore
-    from edge_align.registry import find_pack
+    from edge_align.registry import open_profile
 
     store = ProfileStore(home)
     name = store.current()
@@ -146,7 +146,7 @@ def _profile(home: Home, base: BaseModel) -> Check:
         return Check("profile", "note", "none in use; answers are the base's")
     if store.active_version(name) is None:
         return Check("profile", "note", f"{name} is in use, but has no active version; answers are the base's")
-    usable = store.load_usable(name, expect={"base_hash": base.hash, "pack_hash": find_pack(base, home).hash})
+    usable, _ = open_profile(store, name, base, home)
     if usable.reason:
         return Check("profile", "note", usable.reason)
     return Check("profile", "ok", f"{name} version {usable.version} fits the base")

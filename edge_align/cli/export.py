@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edge_align.cli.options import App, json_option, runtime_options
+from edge_align.cli.options import App, json_option, model_option, profile_option, runtime_options, strength_option
 from edge_align.cli.output import emit_json, say, show_facts, size, stages
 from edge_align.cli.report import time_in_words
 from edge_align.config import RuntimeConfig
@@ -39,7 +39,7 @@ def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime
     from edge_align_export.pack import build_pack
 
     home = app.home
-    base = find_base(model, hash_cache=home.hash_cache)
+    base = find_base(model, home=home)
     time = "minutes" if fast else f"about {max(1, round(estimate_minutes(base))):,} minutes on this machine"
     say(f"Building the latent pack of {base.id}; this takes {time}. If it is stopped, repeat the command to go on.")
     with stages(lines=True) as progress:
@@ -64,3 +64,28 @@ def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime
     if out is None:
         facts.append(("Next", f"edge-align personalize --model {shlex.quote(model)} --feedback FILE"))
     show_facts(facts)
+
+
+@command.command("control-vector")
+@click.option("--out", metavar="FILE", required=True, help="The GGUF to write.")
+@profile_option("Profile to write.  [default: the one in use]", fallback=None)
+@click.option("--version", type=int, metavar="N", help="Its version.  [default: the active one]")
+@strength_option
+@model_option
+@click.option("--force", is_flag=True, show_default=False, help="Replace FILE if it exists.")
+@json_option
+@click.pass_obj
+def control_vector(
+    app: App, out: str, profile: str | None, version: int | None, strength: float, model: str | None, force: bool
+) -> None:
+    """Write a profile as a control vector for llama.cpp.
+
+    The same as `edge-align profiles export --format gguf`. Load it with llama.cpp's --control-vector.
+    """
+    from edge_align.cli.control_vector import show_written, write_vector
+
+    path = Path(out).absolute()
+    show_written(
+        app,
+        write_vector(app, path, profile=profile, version=version, model=model, strength=strength, overwrite=force),
+    )

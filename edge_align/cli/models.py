@@ -54,7 +54,7 @@ def show(app: App, model: str | None) -> None:
     """Show a base: its file, its sizes and its latent pack. MODEL is an id or a GGUF file, else the default base."""
     from edge_align.bases import find_base
 
-    base = find_base(model, hash_cache=app.home.hash_cache)
+    base = find_base(model, home=app.home)
     document = _describe(base, app.home)
     if app.json:
         emit_json(document)

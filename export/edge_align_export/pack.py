@@ -21,13 +21,14 @@ from edge_align.features import open_encoder, prompt_features
 from edge_align.files import make_private_dir
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
+from edge_align.kl import measured_kl, open_probe, Probe
 from edge_align.pack import fit_kl_curve, kl_of_quadratic, LatentPack, load_pack, save_pack
 from edge_align.runtime.activations import ActivationReader
 from edge_align.runtime.llamacpp import LlamaCppBackend, probe_steering
 from edge_align.simulation.prompts import prompts
 from edge_align_export.card import card
 from edge_align_export.linear import LinearPack, solve
-from edge_align_export.metric import fisher_metric, measured_kl, open_probe, Probe
+from edge_align_export.metric import fisher_metric
 from edge_align_export.texts import Answers, committed_answers, sample_answers
 
 Progress = Callable[[str, float], None]
@@ -81,7 +82,7 @@ def build_pack(
         raise InputError(f"unknown recipe {recipe!r}; there is: linear")
     config = config or LinearConfig()
     runtime = runtime or RuntimeConfig()
-    base = find_base(model, hash_cache=home.hash_cache)
+    base = find_base(model, home=home)
     folder = out or home.packs_dir / f"{base.id}-{base.hash.removeprefix('sha256:')[:12]}"
     work = make_private_dir(home.cache_dir / f"pack-{_texts_id(base, config, fast=fast)}")
     seconds: dict[str, float] = {}
