@@ -58,6 +58,7 @@ edge_align.pack
 edge_align.encoder
 edge_align.gguf_header
 edge_align.gguf_tensors
+edge_align.bundle
 edge_align.control_vector
 edge_align.bases
 edge_align.registry
@@ -71,6 +72,7 @@ edge_align.runtime.llama_rows
 edge_align.runtime.llamacpp
 edge_align.runtime.activations
 edge_align.runtime.torch_ref
+edge_align.installed
 edge_align.kl
 edge_align.exchange
 edge_align.features
@@ -85,6 +87,13 @@ edge_align_export.card
 edge_align_export.metric
 edge_align_export.texts
 edge_align_export.pack
+edge_align_export.room
+edge_align_export.hf_folder
+edge_align_export.hf_tokenizer
+edge_align_export.hf_to_gguf
+edge_align_export.quantise
+edge_align_export.gguf_file
+edge_align_export.bundle
 edge_align.cli
 edge_align.cli.output
 edge_align.cli.door

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from edge_align.cli.options import App, json_option, model_option, profile_option, runtime_options, strength_option
+from edge_align.cli.options import (
+    App,
+    json_option,
+    model_option,
+    profile_option,
+    runtime_options,
+    strength_option,
+    threads_option,
+)
 from edge_align.cli.output import emit_json, say, show_facts, size, stages
 from edge_align.cli.report import time_in_words
 from edge_align.config import RuntimeConfig
@@ -64,6 +72,81 @@ def pack(app: App, model: str, recipe: str, out: str | None, fast: bool, runtime
     if out is None:
         facts.append(("Next", f"edge-align personalize --model {shlex.quote(model)} --feedback FILE"))
     show_facts(facts)
+
+
+@command.command("gguf")
+@click.option("--from", "source", metavar="DIR|GGUF", required=True, help="A Hugging Face folder, or a GGUF file.")
+@click.option("--quant", metavar="TYPE", default="Q4_K_M", help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, ...")
+@click.option("--out", metavar="DIR", required=True, help="A new or empty folder.")
+@threads_option
+@json_option
+@click.pass_obj
+def gguf(app: App, source: str, quant: str, out: str, runtime: RuntimeConfig) -> None:
+    """Convert a checkpoint to GGUF, or a GGUF to another type, with llama.cpp's own quantiser.
+
+    Folders of the Llama family and Qwen2 are converted here (config.json, tokenizer.json, safetensors); others by
+    llama.cpp's convert_hf_to_gguf.py. A stopped run leaves nothing that loads; repeat the command.
+    """
+    from edge_align_export.gguf_file import export_gguf
+
+    folder = Path(out).absolute()
+    with stages(lines=True) as progress:
+        report = export_gguf(
+            Path(source).absolute(), folder, quant=quant.upper(), threads=runtime.n_threads, progress=progress
+        )
+    if app.json:
+        emit_json(report)
+        return
+    file = folder / report["file"]
+    for note in report["notes"]:
+        say(f"Note: {note}")
+    shape = f"{report['architecture']}, {report['n_layer']} blocks of width {report['d_model']}"
+    show_facts(
+        [
+            ("File", f"{file} ({size(report['size_bytes'])})"),
+            ("Model", f"{shape}, {report['quant']}"),
+            ("Time", f"{report['seconds']:.1f} s"),
+            ("Next", f"edge-align export pack --model {shlex.quote(str(file))}"),
+        ]
+    )
+
+
+@command.command("bundle")
+@click.option("--model", metavar="ID|GGUF", required=True, help="The base: an id or a GGUF file. It needs its pack.")
+@click.option("--onnx", metavar="DIR", help="The same base for ONNX Runtime, as `export onnx` made it.")
+@click.option("--name", metavar="ID", help="Id to install it under.  [default: the base's own]")
+@click.option("--out", metavar="DIR|FILE.tar", required=True, help="A new or empty folder, or a new tar file.")
+@threads_option
+@json_option
+@click.pass_obj
+def bundle(app: App, model: str, onnx: str | None, name: str | None, out: str, runtime: RuntimeConfig) -> None:
+    """Put a base and its latent pack into one folder or tar file.
+
+    `edge-align models add` installs it on another machine.
+    """
+    from edge_align_export.bundle import build_bundle
+
+    path = Path(out).absolute()
+    with stages(lines=True) as progress:
+        report = build_bundle(
+            path,
+            home=app.home,
+            model=model,
+            onnx=None if onnx is None else Path(onnx).absolute(),
+            name=name,
+            runtime=runtime,
+            progress=progress,
+        )
+    if app.json:
+        emit_json(report)
+        return
+    show_facts(
+        [
+            ("Bundle", f"{report['bundle']} ({size(report['size_bytes'])}, {report['files']} files)"),
+            ("Base", f"{report['id']}, {report['base_hash']}"),
+            ("Next", f"edge-align models add {shlex.quote(out)}"),
+        ]
+    )
 
 
 @command.command("control-vector")

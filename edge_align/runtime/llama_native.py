@@ -63,7 +63,7 @@ class NativeModel:
     Raises ModelLoadError (in one line) and, for a GPU request that this build cannot meet, BackendUnavailable.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = 0) -> None:
+    def __init__(self, path: Path, *, n_gpu_layers: int = 0, vocab_only: bool = False) -> None:
         self.path, self.header = path, read_header(path)
         C = self.C = api()
         if n_gpu_layers and not C.llama_supports_gpu_offload():
@@ -72,7 +72,7 @@ class NativeModel:
                 'CMAKE_ARGS="-DGGML_CUDA=on" (or -DGGML_METAL=on, -DGGML_VULKAN=on)'
             )
         params = C.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
+        params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
         _errors.clear()
         self._model = C.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:

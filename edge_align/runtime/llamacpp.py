@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 
 from edge_align.config import RuntimeConfig, SamplingConfig
-from edge_align.errors import BackendError, ContextOverflow, InputError, SessionClosed
+from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow, InputError, SessionClosed
 from edge_align.records import (
     Completion,
     FinishReason,
@@ -334,6 +334,14 @@ def probe_steering(backend: Backend) -> bool:
     (base,) = backend.score(tokens, [tokens], vectors=None)
     (steered,) = backend.score(tokens, [tokens], vectors=SteeringVectors(array))
     return not np.allclose(base, steered, rtol=1e-3, atol=1e-3)
+
+
+def check_steering(backend: Backend) -> None:
+    """Raise BackendUnavailable where `probe_steering` finds that this model cannot be steered."""
+    if not probe_steering(backend):
+        raise BackendUnavailable(
+            f"llama.cpp ignores steering vectors on {backend.info.architecture} models; choose another base"
+        )
 
 
 def _rate(n: int, seconds: float) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import edge_align
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import bounded, RuntimeConfig, SamplingConfig
-from edge_align.errors import BackendUnavailable, CorruptArtefact, InputError
+from edge_align.errors import CorruptArtefact, InputError
 from edge_align.features import open_encoder, prompt_features
 from edge_align.files import make_private_dir
 from edge_align.gguf_tensors import GGUFTensors
@@ -24,7 +24,7 @@ from edge_align.home import Home
 from edge_align.kl import measured_kl, open_probe, Probe
 from edge_align.pack import fit_kl_curve, kl_of_quadratic, LatentPack, load_pack, save_pack
 from edge_align.runtime.activations import ActivationReader
-from edge_align.runtime.llamacpp import LlamaCppBackend, probe_steering
+from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
 from edge_align.simulation.prompts import prompts
 from edge_align_export.card import card
 from edge_align_export.linear import LinearPack, solve
@@ -100,10 +100,7 @@ def build_pack(
 
     with ExitStack() as stack:
         backend = stack.enter_context(LlamaCppBackend.open(base.path, config=runtime))
-        if not probe_steering(backend):
-            raise BackendUnavailable(
-                f"llama.cpp ignores steering vectors on {backend.info.architecture} models; choose another base"
-            )
+        check_steering(backend)
         tell = stage("sample")
         if fast:
             answers = committed_answers(backend, max_tokens=config.max_tokens)
