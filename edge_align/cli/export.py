@@ -16,7 +16,7 @@ from edge_align.cli.options import (
     strength_option,
     threads_option,
 )
-from edge_align.cli.output import emit_json, say, show_facts, size, stages
+from edge_align.cli.output import emit_json, say, show_facts, show_table, size, stages
 from edge_align.cli.report import time_in_words
 from edge_align.config import RuntimeConfig
 
@@ -147,6 +147,68 @@ def bundle(app: App, model: str, onnx: str | None, name: str | None, out: str, r
             ("Next", f"edge-align models add {shlex.quote(out)}"),
         ]
     )
+
+
+@command.command("verify")
+@click.argument("folder", metavar="DIR")
+@click.option("--reference", metavar="GGUF|DIR", help="What to compare with.  [default: the least rounded GGUF in DIR]")
+@click.option("--answers", type=int, default=8, help="Sampled answers to compare on.")
+@click.option("--tokens", type=int, default=32, help="Most tokens of each.")
+@click.option("--seed", type=int, default=0, help="Seed of the answers and of the random vectors.")
+@threads_option
+@json_option
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    folder: str,
+    reference: str | None,
+    answers: int,
+    tokens: int,
+    seed: int,
+    runtime: RuntimeConfig,
+) -> None:
+    """Compare every artefact in DIR, in every engine that is here, with PyTorch in float32.
+
+    Logits are teacher-forced on answers that the base samples, unsteered and steered. Exits with code 1 when an
+    artefact in floating point, or the reference itself, disagrees in another engine.
+    """
+    from edge_align_export.verify import verify as run
+
+    app = ctx.find_object(App) or App()
+    with stages(lines=True) as progress:
+        report = run(
+            Path(folder).absolute(),
+            reference=None if reference is None else Path(reference).absolute(),
+            answers=answers,
+            tokens=tokens,
+            seed=seed,
+            runtime=runtime,
+            progress=progress,
+        )
+    if app.json:
+        emit_json(report)
+    else:
+        headers = ("artefact", "engine", "vectors", "largest difference", "same top token", "widest gap", "")
+        words = {True: "ok", False: "DIFFERS", None: "rounded"}
+        rows = [
+            (
+                row["artefact"],
+                row["engine"],
+                row["vectors"],
+                f"{row['max_difference']:.2g}",
+                f"{100 * row['agreement']:.2f} % of {row['positions']:,}",
+                f"{row['widest_gap']:.2g}",
+                words[row["passes"]],
+            )
+            for row in report["rows"]
+        ]
+        show_table(headers, rows, right=headers[3:6])
+        say(f"Reference: {report['reference']} in {report['reference_engine']}.")
+        for note in report["notes"]:
+            say(f"Note: {note}")
+    if not report["ok"]:
+        say("Error: artefacts that should compute the same do not; see the rows that differ")
+        ctx.exit(1)
 
 
 @command.command("control-vector")
