@@ -68,6 +68,7 @@ edge_align.runtime.stream_text
 edge_align.runtime.template
 edge_align.runtime.fake
 edge_align.runtime.llama_native
+edge_align.runtime.llama_devices
 edge_align.runtime.llama_rows
 edge_align.runtime.llamacpp
 edge_align.runtime.activations

@@ -107,6 +107,7 @@ def _model(app: App, model: str | None, runtime: RuntimeConfig) -> Iterator[Chec
         yield Check("base", "broken", str(error))
         return
     yield _checked("steering", lambda: _steering(base.path, runtime))
+    yield _checked("devices", lambda: _devices(base.path, runtime))
     yield _checked("pack", lambda: _pack(home, base))
     yield _checked("profile", lambda: _profile(home, base))
 
@@ -127,6 +128,24 @@ def _steering(path: Path, runtime: RuntimeConfig) -> Check:
         if not probe_steering(backend):
             return Check("steering", "broken", f"{engine}: a vector does not change the logits; choose another base")
         return Check("steering", "ok", f"{engine}: a vector changes the logits")
+
+
+def _devices(path: Path, runtime: RuntimeConfig) -> Check:
+    """What this build of llama.cpp can use, and whether the layers asked for are on a GPU."""
+    from contextlib import closing
+
+    from edge_align.runtime.llama_devices import devices
+    from edge_align.runtime.llama_native import NativeModel
+
+    found = devices()
+    names = ", ".join(f"{device.name} ({device.title})" for device in found)
+    if not any(device.kind == "gpu" for device in found):
+        return Check("devices", "ok", f"{names}; this build has no GPU: `make install GPU=cuda|metal|vulkan` makes one")
+    if not runtime.n_gpu_layers:
+        return Check("devices", "note", f"{names}; no layers are on the GPU, put them there with --n-gpu-layers -1")
+    with closing(NativeModel(path, n_gpu_layers=runtime.n_gpu_layers)) as model:
+        on_gpu, layers = model.offloaded
+    return Check("devices", "ok" if on_gpu else "broken", f"{names}; {on_gpu} of {layers} layers are on the GPU")
 
 
 def _pack(home: Home, base: BaseModel) -> Check:

@@ -53,7 +53,6 @@ class LlamaCppBackend:
         self._cached = np.empty(0, np.int32)  # tokens whose unsteered keys and values the context holds
         self._turn = 0  # number of the answer that owns the context
         self._rows: Rows | None = None
-        C = model.C
         self.info = BackendInfo(
             name="llamacpp",
             version=_version(),
@@ -62,7 +61,7 @@ class LlamaCppBackend:
             d_model=model.d_model,
             n_vocab=model.n_vocab,
             n_ctx=context.n_ctx,
-            device="gpu" if model.gpu and C.llama_supports_gpu_offload() else "cpu",
+            device=_device(model),
         )
 
     @classmethod
@@ -346,6 +345,17 @@ def check_steering(backend: Backend) -> None:
 
 def _rate(n: int, seconds: float) -> float:
     return n / seconds if n > 0 and seconds > 0 else 0.0
+
+
+def _device(model: NativeModel) -> str:
+    """ "cpu", or the GPU's name and how much of the model it holds."""
+    on_gpu, layers = model.offloaded
+    if not on_gpu:
+        return "cpu"
+    from edge_align.runtime.llama_devices import devices
+
+    names = [f"{device.name} ({device.title})" for device in devices() if device.kind == "gpu"]
+    return f"{', '.join(names) or 'gpu'}, {on_gpu} of {layers} layers"
 
 
 def _version() -> str:

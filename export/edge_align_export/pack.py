@@ -103,7 +103,7 @@ def build_pack(
         check_steering(backend)
         tell = stage("sample")
         if fast:
-            answers = committed_answers(backend, max_tokens=config.max_tokens)
+            answers = committed_answers(backend, prompts=config.prompts, max_tokens=config.max_tokens)
             tell(1.0)
         else:
             answers = sample_answers(
