@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from edge_align.config import RuntimeConfig
-from edge_align.errors import BackendError, CorruptArtefact, InputError, ModelLoadError, StorageError
+from edge_align.errors import (
+    BackendError,
+    BackendUnavailable,
+    CorruptArtefact,
+    InputError,
+    ModelLoadError,
+    StorageError,
+)
 from edge_align.files import sha256_file
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.runtime.llamacpp import LlamaCppBackend
@@ -81,6 +88,8 @@ def test_llama_3_rope_scaling_and_wide_heads_come_along(tmp_path):
     ids, wanted = reference(folder)
     _, logits = llama_cpp(tmp_path / "out" / manifest["file"])
     assert len(ids) > 40  # past the original context, where scaling tells
+    with pytest.raises(BackendUnavailable, match="scaled rotary embeddings and heads of another width"):
+        LlamaReference(tmp_path / "out" / manifest["file"])  # it would compute something else
     assert np.abs(logits - wanted).max() < 0.03
 
 
