@@ -166,7 +166,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.home = Home.find(args.home)
-        self.base = find_base(args.model, hash_cache=self.home.hash_cache)
+        self.base = find_base(args.model, home=self.home)
         self.runtime = RuntimeConfig(n_threads=args.threads)
         self.cache = Path(args.cache) if args.cache else self.home.cache_dir / "bench"
 

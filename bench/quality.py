@@ -31,11 +31,11 @@ from rich.table import Table
 
 from edge_align.config import PersonalizeConfig
 from edge_align.errors import BackendUnavailable
+from edge_align.kl import measured_kl, open_probe, Probe
 from edge_align.records import user_prompt
 from edge_align.simulation.judges import distinct2_ratio, Judge, second_judges
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import bootstrap_interval, User, wins
-from edge_align_export.metric import measured_kl, open_probe, Probe
 
 STRENGTHS = (0.5, 1.0, 1.5)
 

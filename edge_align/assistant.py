@@ -10,7 +10,7 @@ from typing import Self
 
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import check_strength, RuntimeConfig, SamplingConfig
-from edge_align.encoder import PreferenceEncoder
+from edge_align.encoder import PreferenceEncoder, profile_vectors
 from edge_align.errors import InputError
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
@@ -27,7 +27,7 @@ from edge_align.records import (
     SteeringVectors,
     user_prompt,
 )
-from edge_align.registry import find_pack
+from edge_align.registry import open_profile
 from edge_align.runtime.base import Backend
 from edge_align.store import FeedbackLog
 
@@ -40,13 +40,10 @@ class LoadedProfile:
 
     name: str
     version: int
-    encoder: PreferenceEncoder
+    scale: float
     predicted_kl: float
+    encoder: PreferenceEncoder | None = None  # None: the profile holds steering vectors, not a latent
     note: str | None = None
-
-    @property
-    def scale(self) -> float:
-        return self.encoder.scale
 
 
 class Assistant:
@@ -87,7 +84,7 @@ class Assistant:
 
         home = home or Home.find()
         runtime = runtime or RuntimeConfig()
-        base = find_base(model, hash_cache=home.hash_cache)
+        base = find_base(model, home=home)
         assistant = cls(
             base=base, backend=LlamaCppBackend.open(base.path, config=runtime), home=home, runtime=runtime, model=model
         )
@@ -133,28 +130,24 @@ class Assistant:
         if name is None:
             self.profile, self._vectors = None, None
             return
-        pack = self._pack or find_pack(self.base, self._home)
-        usable = ProfileStore(self._home).load_usable(
-            name,
-            expect={
-                "base_hash": self.base.hash,
-                "pack_hash": pack.hash,
-                "n_layer": pack.n_layer,
-                "d_model": pack.d_model,
-                "k": pack.k,
-            },
-        )
-        encoder = PreferenceEncoder.from_tensors(usable.tensors)
-        self._pack = pack
+        usable, pack = open_profile(ProfileStore(self._home), name, self.base, self._home, pack=self._pack)
+        encoder = None
+        if pack is None:
+            vectors: SteeringVectors | None = profile_vectors(usable.tensors)
+        else:
+            encoder = PreferenceEncoder.from_tensors(usable.tensors)
+            vectors = None if encoder.depends_on_prompt else pack.decode(encoder.latent())
+            self._pack = pack
         self.profile = LoadedProfile(
             name=name,
             version=usable.version,
-            encoder=encoder,
+            scale=float(usable.tensors["scale"][0]),
             predicted_kl=float(usable.manifest.get("predicted_kl", 0.0)),
+            encoder=encoder,
             note=usable.reason,
         )
         self._log_name = name
-        self._vectors = None if encoder.depends_on_prompt else pack.decode(encoder.latent())
+        self._vectors = vectors
 
     def vectors(self, prompt: Prompt, *, strength: float = 1.0) -> SteeringVectors | None:
         """What the profile adds to the hidden states for this prompt; None where that is nothing."""
@@ -163,7 +156,7 @@ class Assistant:
             return None
         vectors = self._vectors
         if vectors is None:
-            assert self._pack is not None
+            assert self._pack is not None and self.profile.encoder is not None
             from edge_align.features import prompt_features
 
             tokens = self._backend.tokenize(prompt[-1].content) or [0]

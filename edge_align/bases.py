@@ -7,9 +7,11 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
+from edge_align.bundle import GGUF, MANIFEST
 from edge_align.errors import BackendUnavailable, InputError
-from edge_align.files import cached_hash, sha256_file
+from edge_align.files import cached_hash, is_name, sha256_file
 from edge_align.gguf_header import GGUFHeader, read_header
+from edge_align.home import Home
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,27 @@ class BaseModel:
         return self.header.d_model
 
 
-def find_base(model: str | None = None, *, hash_cache: Path | None = None) -> BaseModel:
-    """The base that `model` means: None the default, else a known id or the path of a GGUF file.
+def find_base(model: str | None = None, *, home: Home | None = None) -> BaseModel:
+    """The base that `model` means: None the default, else a known id, one added to `home`, or the path of a GGUF file.
+
+    home: holds the added bases, and remembers hashes of files.
 
     Raises BackendUnavailable (the extra is not installed), InputError (neither an id nor a file), ModelLoadError
     (the file is not a whole GGUF model).
     """
     name = DEFAULT_BASE if model is None else model
+    hash_cache = home.hash_cache if home else None
     if name in KNOWN:
         path = _installed(name)
+        return BaseModel(name, path, read_header(path), hash_cache)
+    if home and name in added_bases(home):
+        path = home.models_dir / name / GGUF
         return BaseModel(name, path, read_header(path), hash_cache)
     path = Path(name).expanduser()
     if "\x00" in name or not path.is_file():
         raise InputError(
-            f"unknown model {ascii(name)}: it is neither a file nor one of the known ids ({', '.join(KNOWN)})"
+            f"unknown model {ascii(name)}: it is neither a file nor one of the known ids "
+            f"({', '.join([*KNOWN, *(added_bases(home) if home else ())])})"
         )
     return BaseModel(path.stem, path, read_header(path), hash_cache)
 
@@ -72,6 +81,17 @@ def find_base(model: str | None = None, *, hash_cache: Path | None = None) -> Ba
 def installed_bases() -> list[str]:
     """Ids of the known bases that are installed."""
     return [name for name, known in KNOWN.items() if _locate(known) is not None]
+
+
+def added_bases(home: Home) -> list[str]:
+    """Ids of the bases that `models add` put into the home, sorted."""
+    if not home.models_dir.is_dir():
+        return []
+    return sorted(
+        folder.name
+        for folder in home.models_dir.iterdir()
+        if is_name(folder.name) and folder.name not in KNOWN and (folder / MANIFEST).is_file()
+    )
 
 
 def _installed(name: str) -> Path:

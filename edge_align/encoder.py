@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_align.errors import CorruptArtefact
+from edge_align.errors import CorruptArtefact, InputError
+from edge_align.records import SteeringVectors
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,17 @@ class PreferenceEncoder:
             head_out=tensors.get("head_out", np.zeros((k_size, 0), np.float32)),
             scale=float(tensors["scale"][0]),
         )
+
+
+def profile_vectors(tensors: Mapping[str, np.ndarray]) -> SteeringVectors:
+    """The scaled steering vectors of a profile that holds vectors in place of a latent (form "vectors").
+
+    Raises CorruptArtefact.
+    """
+    shapes = {name: (array.dtype.name, array.ndim) for name, array in tensors.items()}
+    if shapes != {"vectors": ("float32", 2), "scale": ("float32", 1)} or tensors["scale"].shape != (1,):
+        raise CorruptArtefact(f"the profile holds no steering vectors, but {', '.join(sorted(tensors)) or 'nothing'}")
+    try:
+        return SteeringVectors(tensors["vectors"]).scaled(float(tensors["scale"][0]))
+    except InputError as error:
+        raise CorruptArtefact(f"the profile is damaged: {error}") from None

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 import time
@@ -24,6 +25,7 @@ from edge_align.errors import CorruptArtefact, InputError, StorageError
 
 TEMPORARY = ".tmp-"  # prefix of half-written files; a kill can leave one behind, `sweep` removes it
 JSON_LIMIT = 8 * 2**20  # bytes; our manifests have a few thousand
+SPARE = 64 * 2**20  # bytes of disk that stay free when something large is written
 HASH_ENTRIES = 256  # files remembered by `cached_hash`
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -168,6 +170,39 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.unlink(temporary)
             raise
         sync_dir(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for a file too large for memory; when the body ends it becomes `path`, mode 0600.
+
+    A body that fails, or is interrupted, leaves `path` as it was. Raises StorageError.
+    """
+    with storage_errors(path):
+        fd, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        os.close(fd)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o600)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_dir(path.parent)
+
+
+def check_disk(path: Path, n_bytes: int, *, remedy: str) -> None:
+    """Raise StorageError unless `n_bytes` and some to spare fit on the disk of the folder `path`."""
+    with storage_errors(path):
+        free = shutil.disk_usage(path).free
+    if n_bytes + SPARE > free:
+        raise StorageError(
+            f"{shown(path)}: {(n_bytes + SPARE) / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free; {remedy}"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -55,8 +55,17 @@ class GGUFTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class GGUFTable:
+    """What any GGUF holds: its metadata, and where its tensors lie."""
+
+    version: int
+    metadata: dict[str, Value] = field(repr=False)
+    tensors: dict[str, GGUFTensor] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a header says; `tensors` is keyed by name."""
+    """What the header of a model says; `tensors` is keyed by name."""
 
     version: int
     architecture: str
@@ -108,6 +117,16 @@ class _Cursor:
 
 def read_header(path: Path) -> GGUFHeader:
     """The header of a model file. Raises ModelLoadError, in one line, for anything that is not a whole GGUF model."""
+    table = read_table(path)
+    try:
+        architecture, n_layer, d_model = _check_keys(table.metadata)
+    except _Bad as error:
+        raise ModelLoadError(f"{path} is not a usable GGUF model: {error}") from None
+    return GGUFHeader(table.version, architecture, n_layer, d_model, table.metadata, table.tensors)
+
+
+def read_table(path: Path) -> GGUFTable:
+    """Metadata and tensor table of a GGUF of any kind. Raises ModelLoadError, in one line, for anything else."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(_Cursor(data))
@@ -119,7 +138,7 @@ def read_header(path: Path) -> GGUFHeader:
         raise ModelLoadError(f"cannot read the model {path}: {error.strerror or error}") from None
 
 
-def _parse(c: _Cursor) -> GGUFHeader:
+def _parse(c: _Cursor) -> GGUFTable:
     if c.size < 24 or c.data[:4] != b"GGUF":
         raise _Bad("it does not begin with GGUF")
     c.at = 4
@@ -135,9 +154,7 @@ def _parse(c: _Cursor) -> GGUFHeader:
         if not key or key in metadata:
             raise _Bad(f"the key {key!r} is empty or repeated")
         metadata[key] = _value(c)
-    architecture, n_layer, d_model = _check_keys(metadata)
-    tensors = _tensor_table(c, n_tensors, _alignment(metadata))
-    return GGUFHeader(version, architecture, n_layer, d_model, metadata, tensors)
+    return GGUFTable(version, metadata, _tensor_table(c, n_tensors, _alignment(metadata)))
 
 
 def _value(c: _Cursor) -> Value:

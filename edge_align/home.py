@@ -51,6 +51,11 @@ class Home:
         return self.root / "packs"
 
     @property
+    def models_dir(self) -> Path:
+        """Bases that were added, each a bundle in a folder of its id."""
+        return self.root / "models"
+
+    @property
     def cache_dir(self) -> Path:
         """What can be deleted at any time."""
         return self.root / "cache"

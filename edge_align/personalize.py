@@ -17,7 +17,7 @@ from edge_align.home import Home
 from edge_align.pairs import build, count_by_origin, Dataset
 from edge_align.profiles import ProfileStore
 from edge_align.records import DroppedRow, FeedbackRow
-from edge_align.registry import find_pack
+from edge_align.registry import find_pack, open_profile
 from edge_align.store import FeedbackLog
 
 NEWEST = 2_000
@@ -114,7 +114,7 @@ def personalize(
     StorageError, BackendError. Rows logged before an error stay logged.
     """
     config = config or PersonalizeConfig()
-    base = find_base(model, hash_cache=home.hash_cache)
+    base = find_base(model, home=home)
     pack = find_pack(base, home)  # before any row is read: without it nothing can be learnt
     stages = Stages(progress)
     store = ProfileStore(home)
@@ -247,13 +247,16 @@ def evaluate(
     from edge_align.encoder import PreferenceEncoder
     from edge_align.learning import encode_dataset, preference_accuracy
 
-    base = find_base(model, hash_cache=home.hash_cache)
-    pack = find_pack(base, home)
+    base = find_base(model, home=home)
     store = ProfileStore(home)
     name = profile or store.current()
     if name is None:
         raise InputError("there is no profile to test; make one with `edge-align personalize`")
-    usable = store.load_usable(name, expect={"base_hash": base.hash, "pack_hash": pack.hash})
+    usable, pack = open_profile(store, name, base, home)
+    if pack is None:
+        raise InputError(
+            f"profile {name} holds imported vectors, not a latent that could judge an answer; test another"
+        )
     counts = RowCounts()
     dataset = Dataset(pairs=build(usable_rows(sources, counts, user=user)).pairs[:NEWEST], ratings=())
     if not dataset.pairs:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edge_align.bases import BaseModel, find_base, KNOWN
+from edge_align.bases import added_bases, BaseModel, find_base, KNOWN
+from edge_align.bundle import PACK
 from edge_align.errors import ArtefactError, EdgeAlignError, PackMissing
 from edge_align.files import load_json_object
 from edge_align.home import Home
 from edge_align.pack import LatentPack, load_pack, MANIFEST
+from edge_align.profiles import ProfileStore, Usable
 
 MINUTES_PER_GB = 360.0
 """`export pack --recipe linear`: measured minutes on two cores per gigabyte of GGUF, at the default sample size."""
@@ -24,18 +26,46 @@ def shipped_packs() -> Path:
 
 
 def pack_folders(home: Home) -> Iterator[Path]:
-    """Folders that hold a pack's manifest; the person's own come first."""
-    for root in (home.packs_dir, shipped_packs()):
+    """Folders that hold a pack's manifest; the person's own come first, then those that came with an added base."""
+    for root, inner in ((home.packs_dir, "."), (home.models_dir, PACK), (shipped_packs(), ".")):
         if root.is_dir():
-            yield from sorted(folder for folder in root.iterdir() if (folder / MANIFEST).is_file())
+            yield from sorted(folder / inner for folder in root.iterdir() if (folder / inner / MANIFEST).is_file())
 
 
 def find_pack(base: BaseModel, home: Home) -> LatentPack:
     """The pack made for this base. Raises PackMissing, CorruptArtefact, UnsupportedVersion."""
-    return load_pack(_find_folder(base, home), base_hash=base.hash)
+    return load_pack(find_folder(base, home), base_hash=base.hash)
 
 
-def _find_folder(base: BaseModel, home: Home) -> Path:
+def open_profile(
+    store: ProfileStore,
+    name: str,
+    base: BaseModel,
+    home: Home,
+    *,
+    version: int | None = None,
+    pack: LatentPack | None = None,
+) -> tuple[Usable, LatentPack | None]:
+    """A profile that fits this base, by default its active version, and the pack it needs.
+
+    The pack is None for a profile of form "vectors", which needs none. pack: where it is open already.
+    Raises InputError, IncompatibleBase (every mismatch), CorruptArtefact, UnsupportedVersion, PackMissing.
+    """
+
+    def load(expect: dict[str, Any] | None) -> Usable:
+        if version is None:
+            return store.load_usable(name, expect=expect)
+        return Usable(version, *store.load(name, version, expect=expect))
+
+    expect = {"base_hash": base.hash, "n_layer": base.n_layer, "d_model": base.d_model}
+    if load(None).manifest.get("form") == "vectors":
+        return load(expect), None
+    pack = pack or find_pack(base, home)
+    return load(expect | {"pack_hash": pack.hash, "k": pack.k}), pack
+
+
+def find_folder(base: BaseModel, home: Home) -> Path:
+    """The folder of the pack made for this base. Raises PackMissing."""
     for folder in pack_folders(home):
         try:
             if load_json_object(folder / MANIFEST).get("base_hash") == base.hash:
@@ -58,16 +88,24 @@ def estimate_minutes(base: BaseModel) -> float:
 
 
 def known_models(home: Home) -> list[dict[str, Any]]:
-    """The known bases, installed or not, with their packs."""
-    return [_describe_known(name, home) for name in KNOWN]
+    """The known bases, installed or not, and those that were added, with their packs."""
+    known = [_describe(name, KNOWN[name].title, home, added=False) for name in KNOWN]
+    return known + [_describe(name, _title(home.models_dir / name), home, added=True) for name in added_bases(home)]
 
 
-def _describe_known(name: str, home: Home) -> dict[str, Any]:
-    found: dict[str, Any] = {"id": name, "title": KNOWN[name].title, "path": None, "hash": None, "pack": None}
+def _title(folder: Path) -> str:
     try:
-        base = find_base(name, hash_cache=home.hash_cache)
+        return str(load_json_object(folder / MANIFEST).get("title", ""))
+    except ArtefactError:
+        return ""
+
+
+def _describe(name: str, title: str, home: Home, *, added: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"id": name, "title": title, "added": added, "path": None, "hash": None, "pack": None}
+    try:
+        base = find_base(name, home=home)
         found |= {"path": str(base.path), "hash": base.hash}
-        found["pack"] = describe_pack(_find_folder(base, home))
+        found["pack"] = describe_pack(find_folder(base, home))
     except EdgeAlignError as error:
         found["error"] = str(error)
     return found

@@ -1,9 +1,10 @@
 """Make the project's environment: check Python, create it, install the pinned versions, and say what is going on.
 
-    python3 scripts/install.py VENV EXTRA [EXTRA ...]
+    python3 scripts/install.py VENV EXTRA [EXTRA ...] [--gpu=cuda|metal|vulkan]
 
-Does nothing when that was done before with the same constraints.txt and pyproject.toml. Standard library only, because
-it runs before anything is installed, and in syntax that Python 3.6 reads, so that an old one gets the message below.
+--gpu builds llama.cpp for that kind of GPU; later calls without it keep that build. Does nothing when that was done
+before with the same constraints.txt and pyproject.toml. Standard library only, because it runs before anything is
+installed, and in syntax that Python 3.6 reads, so that an old one gets the message below.
 """
 
 import hashlib
@@ -27,17 +28,35 @@ if sys.version_info < (3, 11):  # noqa: UP036  (this runs under whatever python3
 ROOT = Path(__file__).resolve().parent.parent
 TICK_SEC = 1.0 if sys.stdout.isatty() else 30.0  # a log file gets a line now and then, a terminal a running clock
 COMPILERS = ("cc", "gcc", "clang", "cl")
+GPUS = {
+    "cuda": ("-DGGML_CUDA=on", "nvcc"),
+    "metal": ("-DGGML_METAL=on", "xcrun"),
+    "vulkan": ("-DGGML_VULKAN=on", "glslc"),
+}
+"""Kind of GPU -> (what llama.cpp is built with, the tool that its build cannot do without)."""
 
 
 def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit("usage: python3 scripts/install.py VENV EXTRA [EXTRA ...]")
-    venv, extras = ROOT / sys.argv[1], set(sys.argv[2:])
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("--gpu=")]
+    gpu = "".join(argument.split("=", 1)[1] for argument in sys.argv[1:] if argument.startswith("--gpu="))
+    if len(given) < 2:
+        sys.exit("usage: python3 scripts/install.py VENV EXTRA [EXTRA ...] [--gpu=cuda|metal|vulkan]")
+    if gpu:
+        check_gpu(gpu)
+    venv, extras = ROOT / given[0], set(given[1:])
     python = venv / "bin" / "python"
     stamp = venv / "edge-align.json"
 
     done = read_stamp(stamp)
-    if done is not None and done["inputs"] == inputs() and extras <= set(done["extras"]) and works(python):
+    built = "" if done is None else done.get("gpu", "")
+    gpu = gpu or built
+    if (
+        done is not None
+        and done["inputs"] == inputs()
+        and extras <= set(done["extras"])
+        and gpu == built
+        and works(python)
+    ):
         return
     if done is not None:
         extras |= set(done["extras"])
@@ -49,8 +68,11 @@ def main() -> None:
     started = time.monotonic()
     say("[install 2/2] installing the pinned versions; llama.cpp is compiled the first time, which takes minutes")
     stamp.unlink(missing_ok=True)
-    install(python, sorted(extras), log=venv / "install.log")
-    stamp.write_text(json.dumps({"inputs": inputs(), "extras": sorted(extras)}))
+    if gpu:  # pip's cache does not know how a wheel was built: it might hold one without the GPU
+        fresh = ["--no-cache-dir", "--force-reinstall", "--no-deps", "llama-cpp-python"]
+        install(python, fresh, log=venv / "install.log", cmake_args=GPUS[gpu][0])
+    install(python, ["-e", f"{ROOT}[{','.join(sorted(extras))}]"], log=venv / "install.log")
+    stamp.write_text(json.dumps({"inputs": inputs(), "extras": sorted(extras), "gpu": gpu}))
     say(f"              done in {elapsed(started)}")
 
 
@@ -86,14 +108,25 @@ def create(venv: Path) -> None:
         sys.exit(f"{sys.executable} cannot create an environment; Debian and Ubuntu have that in package python3-venv")
 
 
-def install(python: Path, extras: list[str], *, log: Path) -> None:
-    """pip into the environment, its talk into `log`, with a sign of life here."""
-    target = f"{ROOT}[{','.join(extras)}]"
-    command = [python, "-m", "pip", "install", "--progress-bar", "off", "-c", ROOT / "constraints.txt", "-e", target]
+def check_gpu(gpu: str) -> None:
+    """End here, in one line, where a build for this GPU cannot work."""
+    if gpu not in GPUS:
+        sys.exit(f"unknown GPU {gpu!r}; there are {', '.join(GPUS)}")
+    tool = GPUS[gpu][1]
+    if not shutil.which(tool):
+        sys.exit(f"building llama.cpp for {gpu} needs {tool}, which is not on the PATH; install its toolkit first")
+
+
+def install(python: Path, what: list[str], *, log: Path, cmake_args: str = "") -> None:
+    """pip install `what` into the environment, its talk into `log`, with a sign of life here."""
+    command = [python, "-m", "pip", "install", "--progress-bar", "off", "-c", ROOT / "constraints.txt", *what]
+    environment = {**os.environ, "CMAKE_ARGS": cmake_args} if cmake_args else None
     started = time.monotonic()
     with log.open("w") as out:
         # In a group of its own with the compilers it starts, so that Ctrl-C can end them all.
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
         try:
             watch(process, log, started)
         except BaseException:

@@ -53,7 +53,7 @@ class TestEncoding:
 
     @pytest.fixture
     def real(self, built):
-        return find_base(hash_cache=built[0].hash_cache), load_pack(next(built[0].packs_dir.iterdir()))
+        return find_base(home=built[0]), load_pack(next(built[0].packs_dir.iterdir()))
 
     def test_gives_every_row_its_latent_centred_on_what_its_prompt_makes_likely(self, real, backend):
         base, pack = real
@@ -88,7 +88,7 @@ class TestLearning:
     def test_finds_a_constant_taste(self, pack):
         found = learn(pack, feedback(pairs=60, taste=direction()), seed=0)
         assert cosine(found.encoder.mean, direction()) > 0.9
-        assert found.heldout.passes and found.reliability > 0.8
+        assert found.heldout.passes and found.reliability > 0.75
         assert not found.encoder.depends_on_prompt and found.latents.shape == (1, K)
         np.testing.assert_array_equal(found.latents[0], found.encoder.mean)
         assert found.encoder.scale == 1.0 and found.outside_support == 0.0

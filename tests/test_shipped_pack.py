@@ -9,13 +9,13 @@ from edge_align.assistant import Assistant
 from edge_align.bases import find_base
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.home import Home
+from edge_align.kl import measured_kl, open_probe
 from edge_align.personalize import personalize, Source
 from edge_align.records import user_prompt
 from edge_align.registry import find_pack
 from edge_align.simulation.judges import simple_words
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import win_rate
-from edge_align_export.metric import measured_kl, open_probe
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "feedback.jsonl"
 

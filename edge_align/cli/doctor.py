@@ -100,13 +100,14 @@ def _model(app: App, model: str | None, runtime: RuntimeConfig) -> Iterator[Chec
 
     try:
         home = app.home
-        base = find_base(model, hash_cache=home.hash_cache)
+        base = find_base(model, home=home)
         n_bytes = base.path.stat().st_size
         yield Check("base", "ok", f"{base.id}, {base.hash}, {size(n_bytes)}, {shown(base.path)}")
     except (EdgeAlignError, OSError) as error:
         yield Check("base", "broken", str(error))
         return
     yield _checked("steering", lambda: _steering(base.path, runtime))
+    yield _checked("devices", lambda: _devices(base.path, runtime))
     yield _checked("pack", lambda: _pack(home, base))
     yield _checked("profile", lambda: _profile(home, base))
 
@@ -129,6 +130,24 @@ def _steering(path: Path, runtime: RuntimeConfig) -> Check:
         return Check("steering", "ok", f"{engine}: a vector changes the logits")
 
 
+def _devices(path: Path, runtime: RuntimeConfig) -> Check:
+    """What this build of llama.cpp can use, and whether the layers asked for are on a GPU."""
+    from contextlib import closing
+
+    from edge_align.runtime.llama_devices import devices
+    from edge_align.runtime.llama_native import NativeModel
+
+    found = devices()
+    names = ", ".join(f"{device.name} ({device.title})" for device in found)
+    if not any(device.kind == "gpu" for device in found):
+        return Check("devices", "ok", f"{names}; this build has no GPU: `make install GPU=cuda|metal|vulkan` makes one")
+    if not runtime.n_gpu_layers:
+        return Check("devices", "note", f"{names}; no layers are on the GPU, put them there with --n-gpu-layers -1")
+    with closing(NativeModel(path, n_gpu_layers=runtime.n_gpu_layers)) as model:
+        on_gpu, layers = model.offloaded
+    return Check("devices", "ok" if on_gpu else "broken", f"{names}; {on_gpu} of {layers} layers are on the GPU")
+
+
 def _pack(home: Home, base: BaseModel) -> Check:
     from edge_align.registry import find_pack
 
@@ -138,7 +157,7 @@ def _pack(home: Home, base: BaseModel) -> Check:
 
 def _profile(home: Home, base: BaseModel) -> Check:
     from edge_align.profiles import ProfileStore
-    from edge_align.registry import find_pack
+    from edge_align.registry import open_profile
 
     store = ProfileStore(home)
     name = store.current()
@@ -146,7 +165,7 @@ def _profile(home: Home, base: BaseModel) -> Check:
         return Check("profile", "note", "none in use; answers are the base's")
     if store.active_version(name) is None:
         return Check("profile", "note", f"{name} is in use, but has no active version; answers are the base's")
-    usable = store.load_usable(name, expect={"base_hash": base.hash, "pack_hash": find_pack(base, home).hash})
+    usable, _ = open_profile(store, name, base, home)
     if usable.reason:
         return Check("profile", "note", usable.reason)
     return Check("profile", "ok", f"{name} version {usable.version} fits the base")

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import click
 
-from edge_align.cli.options import App, json_option, runtime_options
-from edge_align.cli.output import emit_json, say, show_facts, size, stages
+from edge_align.cli.options import (
+    App,
+    json_option,
+    model_option,
+    profile_option,
+    runtime_options,
+    strength_option,
+    threads_option,
+)
+from edge_align.cli.output import emit_json, say, show_facts, show_table, size, stages
 from edge_align.cli.report import time_in_words
 from edge_align.config import RuntimeConfig
 
@@ -42,7 +50,7 @@ def pack(
     from edge_align_export.pack import build_pack, LinearConfig
 
     home = app.home
-    base = find_base(model, hash_cache=home.hash_cache)
+    base = find_base(model, home=home)
     time = "minutes" if fast else f"about {max(1, round(estimate_minutes(base))):,} minutes on this machine"
     say(f"Building the latent pack of {base.id}; this takes {time}. If it is stopped, repeat the command to go on.")
     with stages(lines=True) as progress:
@@ -68,3 +76,165 @@ def pack(
     if out is None:
         facts.append(("Next", f"edge-align personalize --model {shlex.quote(model)} --feedback FILE"))
     show_facts(facts)
+
+
+@command.command("gguf")
+@click.option("--from", "source", metavar="DIR|GGUF", required=True, help="A Hugging Face folder, or a GGUF file.")
+@click.option("--quant", metavar="TYPE", default="Q4_K_M", help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, ...")
+@click.option("--out", metavar="DIR", required=True, help="A new or empty folder.")
+@threads_option
+@json_option
+@click.pass_obj
+def gguf(app: App, source: str, quant: str, out: str, runtime: RuntimeConfig) -> None:
+    """Convert a checkpoint to GGUF, or a GGUF to another type, with llama.cpp's own quantiser.
+
+    Folders of the Llama family and Qwen2 are converted here (config.json, tokenizer.json, safetensors); others by
+    llama.cpp's convert_hf_to_gguf.py. A stopped run leaves nothing that loads; repeat the command.
+    """
+    from edge_align_export.gguf_file import export_gguf
+
+    folder = Path(out).absolute()
+    with stages(lines=True) as progress:
+        report = export_gguf(
+            Path(source).absolute(), folder, quant=quant.upper(), threads=runtime.n_threads, progress=progress
+        )
+    if app.json:
+        emit_json(report)
+        return
+    file = folder / report["file"]
+    for note in report["notes"]:
+        say(f"Note: {note}")
+    shape = f"{report['architecture']}, {report['n_layer']} blocks of width {report['d_model']}"
+    show_facts(
+        [
+            ("File", f"{file} ({size(report['size_bytes'])})"),
+            ("Model", f"{shape}, {report['quant']}"),
+            ("Time", f"{report['seconds']:.1f} s"),
+            ("Next", f"edge-align export pack --model {shlex.quote(str(file))}"),
+        ]
+    )
+
+
+@command.command("bundle")
+@click.option("--model", metavar="ID|GGUF", required=True, help="The base: an id or a GGUF file. It needs its pack.")
+@click.option("--onnx", metavar="DIR", help="The same base for ONNX Runtime, as `export onnx` made it.")
+@click.option("--name", metavar="ID", help="Id to install it under.  [default: the base's own]")
+@click.option("--out", metavar="DIR|FILE.tar", required=True, help="A new or empty folder, or a new tar file.")
+@threads_option
+@json_option
+@click.pass_obj
+def bundle(app: App, model: str, onnx: str | None, name: str | None, out: str, runtime: RuntimeConfig) -> None:
+    """Put a base and its latent pack into one folder or tar file.
+
+    `edge-align models add` installs it on another machine.
+    """
+    from edge_align_export.bundle import build_bundle
+
+    path = Path(out).absolute()
+    with stages(lines=True) as progress:
+        report = build_bundle(
+            path,
+            home=app.home,
+            model=model,
+            onnx=None if onnx is None else Path(onnx).absolute(),
+            name=name,
+            runtime=runtime,
+            progress=progress,
+        )
+    if app.json:
+        emit_json(report)
+        return
+    show_facts(
+        [
+            ("Bundle", f"{report['bundle']} ({size(report['size_bytes'])}, {report['files']} files)"),
+            ("Base", f"{report['id']}, {report['base_hash']}"),
+            ("Next", f"edge-align models add {shlex.quote(out)}"),
+        ]
+    )
+
+
+@command.command("verify")
+@click.argument("folder", metavar="DIR")
+@click.option("--reference", metavar="GGUF|DIR", help="What to compare with.  [default: the least rounded GGUF in DIR]")
+@click.option("--answers", type=int, default=8, help="Sampled answers to compare on.")
+@click.option("--tokens", type=int, default=32, help="Most tokens of each.")
+@click.option("--seed", type=int, default=0, help="Seed of the answers and of the random vectors.")
+@threads_option
+@json_option
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    folder: str,
+    reference: str | None,
+    answers: int,
+    tokens: int,
+    seed: int,
+    runtime: RuntimeConfig,
+) -> None:
+    """Compare every artefact in DIR, in every engine that is here, with PyTorch in float32.
+
+    Logits are teacher-forced on answers that the base samples, unsteered and steered. Exits with code 1 when an
+    artefact in floating point, or the reference itself, disagrees in another engine.
+    """
+    from edge_align_export.verify import verify as run
+
+    app = ctx.find_object(App) or App()
+    with stages(lines=True) as progress:
+        report = run(
+            Path(folder).absolute(),
+            reference=None if reference is None else Path(reference).absolute(),
+            answers=answers,
+            tokens=tokens,
+            seed=seed,
+            runtime=runtime,
+            progress=progress,
+        )
+    if app.json:
+        emit_json(report)
+    else:
+        headers = ("artefact", "engine", "vectors", "largest difference", "same top token", "widest gap", "")
+        words = {True: "ok", False: "DIFFERS", None: "rounded"}
+        rows = [
+            (
+                row["artefact"],
+                row["engine"],
+                row["vectors"],
+                f"{row['max_difference']:.2g}",
+                f"{100 * row['agreement']:.2f} % of {row['positions']:,}",
+                f"{row['widest_gap']:.2g}",
+                words[row["passes"]],
+            )
+            for row in report["rows"]
+        ]
+        show_table(headers, rows, right=headers[3:6])
+        say(f"Reference: {report['reference']} in {report['reference_engine']}.")
+        for note in report["notes"]:
+            say(f"Note: {note}")
+    if not report["ok"]:
+        say("Error: artefacts that should compute the same do not; see the rows that differ")
+        ctx.exit(1)
+
+
+@command.command("control-vector")
+@click.option("--out", metavar="FILE", required=True, help="The GGUF to write.")
+@profile_option("Profile to write.  [default: the one in use]", fallback=None)
+@click.option("--version", type=int, metavar="N", help="Its version.  [default: the active one]")
+@strength_option
+@model_option
+@click.option("--force", is_flag=True, show_default=False, help="Replace FILE if it exists.")
+@json_option
+@click.pass_obj
+def control_vector(
+    app: App, out: str, profile: str | None, version: int | None, strength: float, model: str | None, force: bool
+) -> None:
+    """Write a profile as a control vector for llama.cpp.
+
+    The same as `edge-align profiles export --format gguf`. Load it with llama.cpp's --control-vector.
+    """
+    from edge_align.cli.control_vector import show_written, write_vector
+
+    path = Path(out).absolute()
+    show_written(
+        app,
+        write_vector(app, path, profile=profile, version=version, model=model, strength=strength, overwrite=force),
+    )

@@ -21,7 +21,7 @@ COMMANDS = {
     "compare": "Pick the better of two answers, and learn from it.",
     "feedback": "Add, inspect, export and forget feedback.",
     "profiles": "List, choose, undo, share and remove profiles.",
-    "models": "Show the base models that can be personalised.",
+    "models": "Show, add and remove the base models that can be personalised.",
     "eval": "Test a profile on feedback it never saw.",
     "export": "Prepare a base model for personalisation.",
     "doctor": "Check the installation, the base and the profile.",

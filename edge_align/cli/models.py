@@ -1,13 +1,15 @@
-"""`edge-align models`: the bases on this machine, and whether each can be personalised."""
+"""`edge-align models`: the bases on this machine, whether each can be personalised, and how to add one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import click
 
-from edge_align.cli.options import App, json_option
-from edge_align.cli.output import emit_json, say, show_facts, show_table, size
+from edge_align.cli.options import App, confirm, json_option, threads_option
+from edge_align.cli.output import emit_json, say, show_facts, show_table, size, stages, write
+from edge_align.config import RuntimeConfig
 from edge_align.errors import PackMissing
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group("models")
 def command() -> None:
-    """Show the base models that can be personalised.
+    """Show, add and remove the base models that can be personalised.
 
     A base is one of the known ids or a GGUF file. Personalising it takes a latent pack, made once per base.
     """
@@ -27,7 +29,7 @@ def command() -> None:
 @json_option
 @click.pass_obj
 def list_(app: App) -> None:
-    """List the known bases, installed or not, with their packs."""
+    """List the known bases, installed or not, and those that were added, with their packs."""
     from edge_align.bases import DEFAULT_BASE
     from edge_align.registry import known_models
 
@@ -54,7 +56,7 @@ def show(app: App, model: str | None) -> None:
     """Show a base: its file, its sizes and its latent pack. MODEL is an id or a GGUF file, else the default base."""
     from edge_align.bases import find_base
 
-    base = find_base(model, hash_cache=app.home.hash_cache)
+    base = find_base(model, home=app.home)
     document = _describe(base, app.home)
     if app.json:
         emit_json(document)
@@ -70,6 +72,51 @@ def show(app: App, model: str | None) -> None:
     if pack is not None:
         facts += [(f"  {key}", f"{value:.4g}") for key, value in pack["health"].items() if isinstance(value, float)]
     show_facts(facts)
+
+
+@command.command("add")
+@click.argument("path")
+@click.option("--name", metavar="ID", help="Id to give it.  [default: the bundle's, or the file's name]")
+@threads_option
+@json_option
+@click.pass_obj
+def add(app: App, path: str, name: str | None, runtime: RuntimeConfig) -> None:
+    """Install a base: PATH is a bundle (folder or tar) or a GGUF file. It is copied into the home folder.
+
+    A bundle is refused when any file of it is not what was bundled, or its parts are of different bases.
+    """
+    from edge_align.installed import add_model
+
+    with stages(lines=True) as progress:
+        document = add_model(Path(path).absolute(), home=app.home, name=name, runtime=runtime, progress=progress)
+    if app.json:
+        emit_json(document)
+        return
+    pack = "with its pack" if document["pack"] else "without a pack"
+    write(f"{document['id']} is installed ({size(document['size_bytes'])}), {pack}.\n")
+    if document["pack"]:
+        say(f"Next: edge-align personalize --model {document['id']} --feedback FILE")
+    else:
+        say(f"Next: edge-align export pack --model {document['id']}")
+
+
+@command.command("rm")
+@click.argument("model")
+@click.option("--yes", "-y", is_flag=True, show_default=False, help="Do not ask.")
+@json_option
+@click.pass_obj
+def rm(app: App, model: str, yes: bool) -> None:
+    """Delete a base that was added, with the pack it came with; profiles made for it are kept."""
+    from edge_align.bases import added_bases
+    from edge_align.installed import remove_model
+
+    if model in added_bases(app.home):
+        confirm(f"Delete the model {model} for good?", yes=yes)
+    freed = remove_model(model, home=app.home)
+    if app.json:
+        emit_json({"id": model, "freed_bytes": freed})
+    else:
+        write(f"{model} is gone ({size(freed)}).\n")
 
 
 def _describe(base: BaseModel, home: Home) -> dict[str, Any]:

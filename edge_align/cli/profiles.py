@@ -7,8 +7,18 @@ from typing import Any
 
 import click
 
-from edge_align.cli.options import App, confirm, json_option
-from edge_align.cli.output import emit_json, plural, say, show_facts, show_table, size, write
+from edge_align.cli.control_vector import show_written, write_vector
+from edge_align.cli.options import (
+    App,
+    confirm,
+    FULL_STRENGTH,
+    json_option,
+    model_option,
+    strength_option,
+    threads_option,
+)
+from edge_align.cli.output import emit_json, plural, say, show_facts, show_table, size, stages, write
+from edge_align.config import default, PersonalizeConfig, RuntimeConfig
 from edge_align.errors import EdgeAlignError, InputError
 from edge_align.profiles import ProfileStore, Version
 from edge_align.store import FeedbackLog
@@ -251,16 +261,36 @@ def rm(app: App, name: str, with_feedback: bool, yes: bool) -> None:
         say(f"Its feedback ({left}) is kept; `edge-align feedback forget --all --profile {name}` deletes it.")
 
 
+FORMATS = click.Choice(["edge-align", "gguf"])
+
+
 @command.command("export")
 @click.argument("name")
 @click.argument("file")
 @click.option("--version", type=int, metavar="N", help="Version to export.  [default: the active one]")
+@click.option("--format", "form", type=FORMATS, default="edge-align", help="gguf: a control vector for llama.cpp.")
+@strength_option
+@model_option
 @click.option("--force", is_flag=True, show_default=False, help="Replace FILE if it exists.")
 @json_option
 @click.pass_obj
-def export(app: App, name: str, file: str, version: int | None, force: bool) -> None:
-    """Write a profile to one FILE, to use it on another machine with the same base. It holds no feedback."""
+def export(
+    app: App, name: str, file: str, version: int | None, form: str, strength: float, model: str | None, force: bool
+) -> None:
+    """Write a profile to one FILE. It holds no feedback.
+
+    For edge-align on another machine with the same base, or, with --format gguf, for programs that load llama.cpp's
+    control vectors; only there do --strength and --model (the profile's base) count.
+    """
     path = Path(file).absolute()
+    if form == "gguf":
+        show_written(
+            app,
+            write_vector(app, path, profile=name, version=version, model=model, strength=strength, overwrite=force),
+        )
+        return
+    if strength != FULL_STRENGTH or model is not None:
+        raise InputError("--strength and --model go with --format gguf; a profile of edge-align is written as it is")
     store = ProfileStore(app.home)
     number = version if version is not None else store.active_version(name)
     store.export(name, number, path, overwrite=force)
@@ -275,22 +305,74 @@ def export(app: App, name: str, file: str, version: int | None, force: bool) -> 
 @click.argument("file")
 @click.argument("name", required=False)
 @click.option("--no-activate", is_flag=True, show_default=False, help="Keep it as a version, but do not switch to it.")
+@click.option("--format", "form", type=FORMATS, help="What FILE is.  [default: as its first bytes say]")
+@model_option
+@click.option(
+    "--shift", type=int, default=0, help="Added to the block numbers of a GGUF; -1 for files of cvector-generator."
+)
+@click.option(
+    "--kl-budget",
+    type=float,
+    default=default(PersonalizeConfig, "kl_budget"),
+    help="A GGUF that takes answers further from the base (KL, nats per token) is scaled down to this.",
+)
+@threads_option
 @json_option
 @click.pass_obj
-def import_(app: App, file: str, name: str | None, no_activate: bool) -> None:
-    """Keep an exported profile as a new version of NAME (by default FILE's own name)."""
+def import_(
+    app: App,
+    file: str,
+    name: str | None,
+    no_activate: bool,
+    form: str | None,
+    model: str | None,
+    shift: int,
+    kl_budget: float,
+    runtime: RuntimeConfig,
+) -> None:
+    """Keep FILE as a new version of the profile NAME (by default FILE's own name).
+
+    FILE is a profile exported here, or a control vector (GGUF) of llama.cpp or repeng; --model, --shift, --kl-budget
+    and --threads are for the latter.
+    """
     path = Path(file).absolute()
     name = name or path.stem
     store = ProfileStore(app.home)
-    version = store.import_(path, name)
+    document: dict[str, Any] = {}
+    if (form or _form(path)) == "gguf":
+        from edge_align.exchange import import_control_vector
+
+        with stages(lines=True) as progress:
+            progress("measure", 0.0)
+            document = import_control_vector(
+                path, name, home=app.home, model=model, shift=shift, kl_budget=kl_budget, runtime=runtime
+            )
+        number = int(document["version"])
+    else:
+        number = store.import_(path, name).number
     if not no_activate:
-        store.activate(name, version.number)
+        store.activate(name, number)
     if app.json:
-        emit_json({"name": name, "version": version.number, "activated": not no_activate})
+        emit_json({"name": name, "version": number, "activated": not no_activate} | document)
         return
-    write(f"{name} version {version.number} is {'kept' if no_activate else 'active'}.\n")
+    for note in document.get("notes", ()):
+        say(f"Note: {note}")
+    if document:
+        write(
+            f"{name} holds vectors of KL {document['predicted_kl']:.3g} nats per token from the base, measured here.\n"
+        )
+    write(f"{name} version {number} is {'kept' if no_activate else 'active'}.\n")
     if store.current() != name:
         say(f"`edge-align profiles use {name}` puts it in use.")
+
+
+def _form(path: Path) -> str:
+    """What a file is, by its first bytes; what cannot be read fails later, with its reason."""
+    try:
+        with path.open("rb") as file:
+            return "gguf" if file.read(4) == b"GGUF" else "edge-align"
+    except OSError:
+        return "edge-align"
 
 
 def _version(version: Version) -> dict[str, Any]:

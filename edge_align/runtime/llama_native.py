@@ -25,6 +25,7 @@ TEXT_LIMIT = 16 * 2**20  # bytes of one text to tokenise
 GREEDY_BELOW = 1e-6  # a temperature under this would overflow float32 logits
 
 _errors: deque[str] = deque(maxlen=8)  # llama.cpp's last error lines
+_offloads: deque[str] = deque(maxlen=1)  # the line in which it says how many layers went to a GPU
 _keep: list[Any] = []  # callbacks that C holds for the life of the process
 
 
@@ -40,6 +41,8 @@ def api() -> Any:
         ) from error
 
     def log(level: int, text: bytes, _data: object) -> None:
+        if b" layers to GPU" in text:
+            _offloads.append(text.decode("utf-8", "replace"))
         if level == 4:  # GGML_LOG_LEVEL_ERROR
             _errors.append(" ".join(text.decode("utf-8", "replace").split()))
 
@@ -63,7 +66,7 @@ class NativeModel:
     Raises ModelLoadError (in one line) and, for a GPU request that this build cannot meet, BackendUnavailable.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = 0) -> None:
+    def __init__(self, path: Path, *, n_gpu_layers: int = 0, vocab_only: bool = False) -> None:
         self.path, self.header = path, read_header(path)
         C = self.C = api()
         if n_gpu_layers and not C.llama_supports_gpu_offload():
@@ -72,12 +75,14 @@ class NativeModel:
                 'CMAKE_ARGS="-DGGML_CUDA=on" (or -DGGML_METAL=on, -DGGML_VULKAN=on)'
             )
         params = C.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
+        params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
         _errors.clear()
+        _offloads.clear()
         self._model = C.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise ModelLoadError(f"llama.cpp cannot load {path}: {_errors[0] if _errors else 'it does not say why'}")
         self.gpu = n_gpu_layers != 0
+        self.offloaded = parse_offload("".join(_offloads))
         self.vocab = C.llama_model_get_vocab(self._model)
         self.n_layer = int(C.llama_model_n_layer(self._model))
         self.d_model = int(C.llama_model_n_embd(self._model))
@@ -159,6 +164,12 @@ class NativeModel:
         if not texts:
             return None
         return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+
+
+def parse_offload(line: str) -> tuple[int, int]:
+    """(layers on a GPU, layers in all, the output layer counted) out of llama.cpp's own words; (0, 0) without any."""
+    match = re.search(r"offloaded (\d+)/(\d+) layers to GPU", line)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 class NativeContext:

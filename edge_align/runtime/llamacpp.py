@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 
 from edge_align.config import RuntimeConfig, SamplingConfig
-from edge_align.errors import BackendError, ContextOverflow, InputError, SessionClosed
+from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow, InputError, SessionClosed
 from edge_align.records import (
     Completion,
     FinishReason,
@@ -53,7 +53,6 @@ class LlamaCppBackend:
         self._cached = np.empty(0, np.int32)  # tokens whose unsteered keys and values the context holds
         self._turn = 0  # number of the answer that owns the context
         self._rows: Rows | None = None
-        C = model.C
         self.info = BackendInfo(
             name="llamacpp",
             version=_version(),
@@ -62,7 +61,7 @@ class LlamaCppBackend:
             d_model=model.d_model,
             n_vocab=model.n_vocab,
             n_ctx=context.n_ctx,
-            device="gpu" if model.gpu and C.llama_supports_gpu_offload() else "cpu",
+            device=_device(model),
         )
 
     @classmethod
@@ -336,8 +335,27 @@ def probe_steering(backend: Backend) -> bool:
     return not np.allclose(base, steered, rtol=1e-3, atol=1e-3)
 
 
+def check_steering(backend: Backend) -> None:
+    """Raise BackendUnavailable where `probe_steering` finds that this model cannot be steered."""
+    if not probe_steering(backend):
+        raise BackendUnavailable(
+            f"llama.cpp ignores steering vectors on {backend.info.architecture} models; choose another base"
+        )
+
+
 def _rate(n: int, seconds: float) -> float:
     return n / seconds if n > 0 and seconds > 0 else 0.0
+
+
+def _device(model: NativeModel) -> str:
+    """ "cpu", or the GPU's name and how much of the model it holds."""
+    on_gpu, layers = model.offloaded
+    if not on_gpu:
+        return "cpu"
+    from edge_align.runtime.llama_devices import devices
+
+    names = [f"{device.name} ({device.title})" for device in devices() if device.kind == "gpu"]
+    return f"{', '.join(names) or 'gpu'}, {on_gpu} of {layers} layers"
 
 
 def _version() -> str:

@@ -42,7 +42,7 @@ class LlamaShape:
 
 
 def read_shape(header: GGUFHeader) -> LlamaShape:
-    """Shape of a checkpoint. Raises BackendUnavailable for an architecture other than `SUPPORTED`."""
+    """Shape of a checkpoint. Raises BackendUnavailable for an architecture other than `SUPPORTED`, and its variants."""
     if header.architecture not in SUPPORTED:
         raise BackendUnavailable(f"PyTorch computes {', '.join(SUPPORTED)} models here, not {header.architecture!r}")
 
@@ -53,6 +53,16 @@ def read_shape(header: GGUFHeader) -> LlamaShape:
         return found
 
     n_head = int(value("attention.head_count"))
+    variants = {
+        "scaled rotary embeddings": "rope_freqs.weight" in header.tensors
+        or header.metadata.get(f"{header.architecture}.rope.scaling.type", "none") != "none",
+        "heads of another width": value("attention.key_length", header.d_model // n_head) * n_head != header.d_model,
+        "biases": any(name.startswith("blk.0.") and name.endswith(".bias") for name in header.tensors),
+        "experts": "blk.0.ffn_gate_inp.weight" in header.tensors,
+    }
+    found = [what for what, there in variants.items() if there]
+    if found:
+        raise BackendUnavailable(f"PyTorch does not compute {' and '.join(found)} here")
     return LlamaShape(
         n_layer=header.n_layer,
         d_model=header.d_model,

@@ -143,8 +143,9 @@ def _project(x: np.ndarray, inputs: int, rows: int) -> np.ndarray:
     """Whitened leading principal components of the prompts' features, with the centring folded in: (p + 1, inputs)."""
     mean = x.mean(0)
     _, s, vt = np.linalg.svd(x - mean, full_matrices=False)
-    directions = vt[:inputs].T / (s[:inputs] / np.sqrt(len(x)))
+    n = min(inputs, int((s > 1e-4 * s[0]).sum()))  # fewer prompts than inputs: the other inputs are always 0
+    directions = vt[:n].T / (s[:n] / np.sqrt(len(x)))
     out = np.zeros((rows, inputs), np.float32)
-    out[:-1] = directions
-    out[-1] = -mean @ directions
+    out[:-1, :n] = directions
+    out[-1, :n] = -mean @ directions
     return out

@@ -6,11 +6,11 @@ steering vectors. It is measured decode-only (contract 2) and teacher-forced on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
+from edge_align.kl import log_softmax, Probe
 from edge_align.records import SteeringVectors
 from edge_align.runtime.llamacpp import LlamaCppBackend
 
@@ -18,39 +18,6 @@ TOP = 128
 """Tokens per position over which the Fisher sum runs; the rest holds under one percent of the probability."""
 
 Decode = Callable[[np.ndarray], SteeringVectors]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Base answers on which steered and unsteered predictions are compared, with the base's log-probabilities."""
-
-    prompts: Sequence[Sequence[int]]
-    completions: Sequence[Sequence[int]]
-    base: list[np.ndarray]  # per answer (T, n_vocab) float32 log-probabilities
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Along the last axis."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), dtype=np.float32)
-
-
-def open_probe(
-    backend: LlamaCppBackend, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> Probe:
-    """Score the answers once without steering."""
-    base = [log_softmax(logits) for logits in backend.score_many(prompts, completions, vectors=None)]
-    return Probe(prompts, completions, base)
-
-
-def measured_kl(backend: LlamaCppBackend, probe: Probe, vectors: SteeringVectors) -> float:
-    """Mean KL(base || steered) over the probe's positions, nats per token."""
-    total, count = 0.0, 0
-    scored = backend.score_many(probe.prompts, probe.completions, vectors=vectors)
-    for base, logits in zip(probe.base, scored, strict=True):
-        total += float((np.exp(base) * (base - log_softmax(logits))).sum())
-        count += len(base)
-    return total / count
 
 
 def fisher_metric(

@@ -16,18 +16,19 @@ import numpy as np
 import edge_align
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import bounded, RuntimeConfig, SamplingConfig
-from edge_align.errors import BackendUnavailable, CorruptArtefact, InputError
+from edge_align.errors import CorruptArtefact, InputError
 from edge_align.features import open_encoder, prompt_features
 from edge_align.files import make_private_dir
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
+from edge_align.kl import measured_kl, open_probe, Probe
 from edge_align.pack import fit_kl_curve, fit_kl_skew, kl_of_quadratic, LatentPack, load_pack, save_pack
-from edge_align.runtime.llamacpp import LlamaCppBackend, probe_steering
+from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import MORE_USERS
 from edge_align_export.card import card
 from edge_align_export.linear import LinearPack, solve
-from edge_align_export.metric import fisher_metric, measured_kl, open_probe, Probe
+from edge_align_export.metric import fisher_metric
 from edge_align_export.passes import open_passes, Passes
 from edge_align_export.texts import Answers, committed_answers, sample_answers
 
@@ -82,7 +83,7 @@ def build_pack(
         raise InputError(f"unknown recipe {recipe!r}; there is: linear")
     config = config or LinearConfig()
     runtime = runtime or RuntimeConfig()
-    base = find_base(model, hash_cache=home.hash_cache)
+    base = find_base(model, home=home)
     folder = out or home.packs_dir / f"{base.id}-{base.hash.removeprefix('sha256:')[:12]}"
     work = make_private_dir(home.cache_dir / f"pack-{_texts_id(base, config, fast=fast)}")
     seconds: dict[str, float] = {}
@@ -100,15 +101,12 @@ def build_pack(
 
     with ExitStack() as stack:
         backend = stack.enter_context(LlamaCppBackend.open(base.path, config=runtime))
-        if not probe_steering(backend):
-            raise BackendUnavailable(
-                f"llama.cpp ignores steering vectors on {backend.info.architecture} models; choose another base"
-            )
+        check_steering(backend)
         passes = open_passes(base, backend, runtime=runtime)
         stack.callback(passes.close)
         tell = stage("sample")
         if fast:
-            answers = committed_answers(backend, max_tokens=config.max_tokens)
+            answers = committed_answers(backend, prompts=config.prompts, max_tokens=config.max_tokens)
             tell(1.0)
         else:
             answers = sample_answers(

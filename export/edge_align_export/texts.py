@@ -72,11 +72,15 @@ def sample_answers(
     )
 
 
-def committed_answers(backend: LlamaCppBackend, *, max_tokens: int) -> Answers:
-    """Hand-written answers that ship with edge-align: no sampling, but styles the base may not have."""
+def committed_answers(backend: LlamaCppBackend, *, prompts: int, max_tokens: int) -> Answers:
+    """Hand-written answers that ship with edge-align: no sampling, but styles the base may not have.
+
+    prompts: at most this many; there are 46, with about 25 answers each.
+    """
     by_prompt: dict[str, set[str]] = {}
     for pair in foreign_pairs("plain", n=1_000, rng=np.random.default_rng(0)):
         by_prompt.setdefault(pair.prompt[-1].content, set()).update((pair.chosen, pair.rejected))
+    by_prompt = dict([*by_prompt.items()][:prompts])
     rows = []
     for group, (question, texts) in enumerate(by_prompt.items()):
         prompt = backend.render(user_prompt(question))

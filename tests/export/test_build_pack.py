@@ -21,7 +21,7 @@ def folder(built):
 
 
 def test_the_pack_fits_its_base_and_is_what_its_manifest_says(built, folder):
-    base = find_base(hash_cache=built[0].hash_cache)
+    base = find_base(home=built[0])
     pack = load_pack(folder, base_hash=base.hash)
     assert (pack.n_layer, pack.d_model) == (30, 576) and pack.readout.shape == (3 * 576 + 1, pack.k)
     steered = np.flatnonzero(pack.decoder.any((0, 2)))

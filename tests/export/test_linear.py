@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from reference import naive_linear as naive
 
-from edge_align_export.linear import LinearPack, persistent, ridge_regression, solve, VARIANCE_FLOOR, within
+from edge_align_export.linear import (
+    _project,
+    LinearPack,
+    persistent,
+    ridge_regression,
+    solve,
+    VARIANCE_FLOOR,
+    within,
+)
 
 N_PROMPTS, EACH, RANK, N_FEATURE, WIDTH, N_LAYER = 60, 6, 4, 30, 12, 6
 LAYERS = range(2, 5)
@@ -137,3 +145,11 @@ def test_inputs_of_the_head_are_white_over_prompts(planted, pack):
     inputs = described @ pack.prompt_projection
     np.testing.assert_allclose(inputs.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(inputs.T @ inputs / N_PROMPTS, np.eye(3), atol=1e-3)
+
+
+def test_fewer_prompts_than_head_inputs_leave_the_other_inputs_zero():
+    """Four centred prompts span three directions; the whitened inputs have unit variance, the rest say nothing."""
+    x = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+    projection = _project(x, 6, 11)
+    inputs = np.concatenate([x, np.ones((4, 1), np.float32)], 1) @ projection
+    assert np.abs(inputs.T @ inputs / 4 - np.diag([1, 1, 1, 0, 0, 0])).max() < 1e-4

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from edge_align.kl import log_softmax, measured_kl, open_probe
 from edge_align.records import SteeringVectors
-from edge_align_export.metric import fisher_metric, log_softmax, measured_kl, open_probe, TOP
+from edge_align_export.metric import fisher_metric, TOP
 
 K, N_LAYER, WIDTH = 3, 2, 5
 
