@@ -75,6 +75,7 @@ edge_align.runtime.onnx_session
 edge_align.runtime.onnx
 edge_align.runtime.activations
 edge_align.runtime.torch_ref
+edge_align.engines
 edge_align.features
 edge_align.latent_dpo
 edge_align.gate
