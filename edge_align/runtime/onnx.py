@@ -241,11 +241,16 @@ class OnnxBackend:
         waiting = [*range(len(checked))][::-1]
         rows: list[_Row] = []
         done = 0
+        order: list[int] = []
+        given = steering
         while waiting or rows:
             for place in range(size):
                 if waiting and (place == len(rows) or rows[place].ended):
                     rows[place : place + 1] = [self._start_row(decoder, place, waiting.pop(), checked, sampling)]
-            self._step(decoder, rows, steering, sampling)
+            if steering is not None and len(steering) > 1 and order != [row.index for row in rows]:
+                order = [row.index for row in rows]
+                given = steering[order]
+            self._step(decoder, rows, given, sampling)
             for row in rows:
                 if row.ended and answers[row.index] is None:
                     finish: FinishReason = (
@@ -279,10 +284,8 @@ class OnnxBackend:
     def _step(
         self, decoder: OnnxDecoder, rows: list[_Row], steering: np.ndarray | None, sampling: SamplingConfig
     ) -> None:
-        """Decode one token for every row, each with its own steering where there are several."""
+        """Decode one token for every row."""
         tokens = np.array([[row.token] for row in rows])
-        if steering is not None and len(steering) > 1:
-            steering = steering[[row.index for row in rows]]
         logits = decoder.run(tokens, np.array([row.held for row in rows]), steering=steering, wanted=ONE)
         for i, row in enumerate(rows):
             if row.ended:

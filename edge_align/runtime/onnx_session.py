@@ -96,6 +96,7 @@ class _Bound:
         self.last = np.zeros(batch, np.int32)
         self.total = np.zeros((), np.int32)
         self.steering = np.zeros((rows, model.n_layer, model.d_model), np.float32)
+        self.given: np.ndarray | None = None  # what `steering` was filled from
         self.wanted = np.zeros(n_wanted, np.int64)
         self.logits = np.zeros((batch, n_wanted, model.n_vocab), np.float32)
         binding = self.binding = decoder.session.io_binding()
@@ -143,7 +144,7 @@ class OnnxDecoder:
         """Logits (batch, len(wanted), n_vocab) float32 of `tokens` (batch, length), valid until the next call.
 
         held (batch,): tokens that each row from `row` on holds already. More than one token at a time needs a batch
-        of one. steering (1 or batch, n_layer, d_model); None: the base.
+        of one. steering (1 or batch, n_layer, d_model), never written to between calls; None: the base.
         """
         batch, length = tokens.shape
         key = (row, batch, length, len(wanted), 1 if steering is None else len(steering))
@@ -155,10 +156,9 @@ class OnnxDecoder:
         bound.last[:] = held + (length - 1)
         bound.total[...] = held.max() + length
         bound.wanted[:] = wanted
-        if steering is None:
-            bound.steering.fill(0.0)
-        else:
-            bound.steering[:] = steering
+        if steering is not bound.given:  # the same array step after step
+            bound.steering[:] = 0.0 if steering is None else steering
+            bound.given = steering
         try:
             self.session.run_with_iobinding(bound.binding)
         except Exception as error:
