@@ -8,9 +8,9 @@ from importlib import metadata
 from pathlib import Path
 
 from edge_align.errors import BackendUnavailable, InputError
-from edge_align.files import cached_hash, sha256_file
+from edge_align.files import cached_hash, sha256_file, shown
 from edge_align.gguf_header import GGUFHeader, read_header
-from edge_align.onnx_files import is_export, OnnxModel, read_export
+from edge_align.onnx_files import is_export, MANIFEST, OnnxModel, read_export
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,11 @@ def find_base(model: str | None = None, *, hash_cache: Path | None = None) -> Ba
     path = Path(name).expanduser()
     if "\x00" not in name and path.is_dir() and is_export(path):
         return _exported(path, hash_cache)
+    if path.suffix == ".onnx" or ("\x00" not in name and any(path.glob("*.onnx"))):
+        raise InputError(
+            f"{shown(path)} is not a finished ONNX export of edge-align: give a folder that "
+            f"`edge-align export onnx` made, with its {MANIFEST}"
+        )
     if "\x00" in name or not path.is_file():
         raise InputError(
             f"unknown model {ascii(name)}: it is neither a file nor one of the known ids ({', '.join(KNOWN)})"

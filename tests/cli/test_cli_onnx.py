@@ -31,10 +31,15 @@ def test_a_checkpoint_is_exported_and_answers(run, checkpoint: Path, tmp_path: P
 def test_what_cannot_be_exported_or_run_is_one_line_and_code_2(run, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "mine").mkdir(parents=True)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model.onnx").write_bytes(b"x")
     for arguments, words in (
         (["export", "onnx", "--from", str(checkpoint), "--out", str(out)], "is not empty"),
         (["export", "onnx", "--from", "no-such", "--out", str(tmp_path / "new")], "neither a GGUF file nor a folder"),
         (["generate", "hi", "--engine", "onnx"], "edge-align export onnx --from"),
+        (["generate", "hi", "--model", str(foreign)], "is not a finished ONNX export of edge-align"),
+        (["generate", "hi", "--model", str(foreign / "model.onnx")], "is not a finished ONNX export of edge-align"),
         (["generate", "hi", "--model", str(out)], "neither a file nor one of the known ids"),
     ):
         result = run(*arguments)
