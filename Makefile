@@ -22,11 +22,11 @@ personalize:
 	@scripts/personalize_demo
 
 test:
-	@$(PYTHON) scripts/install.py "$(VENV)" default-base test export
+	@$(PYTHON) scripts/install.py "$(VENV)" default-base onnx export test
 	@scripts/test
 
 check:
-	@$(PYTHON) scripts/install.py "$(VENV)" default-base test export
+	@$(PYTHON) scripts/install.py "$(VENV)" default-base onnx export test
 	@scripts/check
 
 clean:

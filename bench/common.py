@@ -142,7 +142,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("llama-cpp-python", "torch", "numpy", "peft", "transformers"):
+    for name in ("llama-cpp-python", "onnxruntime", "torch", "numpy", "peft", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

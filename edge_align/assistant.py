@@ -11,8 +11,8 @@ from typing import Self
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import check_strength, RuntimeConfig, SamplingConfig
 from edge_align.encoder import PreferenceEncoder, profile_vectors
+from edge_align.engines import open_backend
 from edge_align.errors import InputError
-from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
 from edge_align.pack import LatentPack
 from edge_align.personalize import personalize, PersonalizeConfig, PersonalizeReport, Progress
@@ -74,19 +74,19 @@ class Assistant:
         use_profile: bool = True,
         home: Home | None = None,
         runtime: RuntimeConfig | None = None,
+        engine: str | None = None,
     ) -> Self:
         """Open a base (None: the default one) and a profile (None: the one in use, if it has an active version).
 
-        Raises InputError (unknown model or profile), BackendUnavailable, ModelLoadError, IncompatibleBase,
+        engine: "llamacpp" or "onnx"; None: whichever reads the base's files. Raises InputError (unknown model or
+        profile, an engine that does not read the base), BackendUnavailable, ModelLoadError, IncompatibleBase,
         CorruptArtefact, PackMissing.
         """
-        from edge_align.runtime.llamacpp import LlamaCppBackend
-
         home = home or Home.find()
         runtime = runtime or RuntimeConfig()
         base = find_base(model, home=home)
         assistant = cls(
-            base=base, backend=LlamaCppBackend.open(base.path, config=runtime), home=home, runtime=runtime, model=model
+            base=base, backend=open_backend(base, runtime, engine=engine), home=home, runtime=runtime, model=model
         )
         try:
             if use_profile:
@@ -157,10 +157,10 @@ class Assistant:
         vectors = self._vectors
         if vectors is None:
             assert self._pack is not None and self.profile.encoder is not None
-            from edge_align.features import prompt_features
+            from edge_align.features import embedding_table, prompt_features
 
             tokens = self._backend.tokenize(prompt[-1].content) or [0]
-            described = prompt_features(GGUFTensors(self.base.path), [tokens])
+            described = prompt_features(embedding_table(self.base), [tokens])
             vectors = self._pack.decode(self.profile.encoder.latent(self._pack.head_inputs(described)[0]))
         if strength != 1.0:
             vectors = vectors.scaled(strength)

@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from edge_align.bases import BaseModel
+from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable
 from edge_align.gguf_tensors import GGUFTensors
+from edge_align.onnx_files import ENCODER
 
 N_BLOCKS = 2
 MAX_TOKENS = 512  # of an answer; the rest says little more about its style
@@ -40,7 +44,13 @@ def pool(blocks: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([*mean, spread, [length]]).astype(np.float32)
 
 
-def prompt_features(tensors: GGUFTensors, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+class Rows(Protocol):
+    """Where rows of a weight can be read: `gguf_tensors.GGUFTensors`, or an export's encoder graph."""
+
+    def rows(self, name: str, indices: np.ndarray) -> np.ndarray: ...
+
+
+def prompt_features(tensors: Rows, prompts: Sequence[Sequence[int]]) -> np.ndarray:
     """(n, d_model) float32: the mean token embedding of each prompt (token ids of its last turn's text)."""
     used = np.unique(np.concatenate([np.asarray(p, dtype=np.int64) for p in prompts]))
     table = tensors.rows("token_embd.weight", used)
@@ -129,3 +139,50 @@ def open_encoder(path: Path) -> AnswerEncoder | NativeAnswerEncoder:
         return AnswerEncoder(path)
     except BackendUnavailable:
         return NativeAnswerEncoder(path)
+
+
+class OnnxAnswerEncoder:
+    """The same features from an export's own encoder graph: its first two blocks, from the same weights."""
+
+    reason = "ONNX Runtime: the export's first two blocks"
+
+    def __init__(self, folder: Path, *, n_threads: int = 0) -> None:
+        from edge_align.runtime.onnx_session import open_session
+
+        self._session: Any = open_session(folder / ENCODER, RuntimeConfig(n_threads=n_threads))[0]
+
+    def encode(self, answers: Sequence[Sequence[int]], *, on_done: Callable[[int], None] | None = None) -> np.ndarray:
+        """As `AnswerEncoder.encode`."""
+        rows = []
+        for i, answer in enumerate(answers):
+            rows.append(pool(self._run(answer[:MAX_TOKENS], [f"hidden.{il}" for il in range(N_BLOCKS)])))
+            if on_done is not None:
+                on_done(i + 1)
+        return np.stack(rows)
+
+    def rows(self, name: str, indices: np.ndarray) -> np.ndarray:  # noqa: ARG002  (an encoder has one table)
+        """Token embeddings: (len(indices), d_model) float32."""
+        parts = [indices[start : start + MAX_TOKENS] for start in range(0, len(indices), MAX_TOKENS)]
+        return np.concatenate([self._run(part, ["embedding"])[0] for part in parts])
+
+    def _run(self, tokens: Sequence[int] | np.ndarray, outputs: list[str]) -> list[np.ndarray]:
+        """Outputs (T, d_model) for one sequence."""
+        n = len(tokens)
+        given = {
+            "tokens": np.asarray(tokens, np.int64)[None],
+            "last": np.array([n - 1], np.int32),
+            "total": np.array(n, np.int32),
+        }
+        return [array[0] for array in self._session.run(outputs, given)]
+
+
+def open_base_encoder(
+    base: BaseModel, *, n_threads: int = 0
+) -> AnswerEncoder | NativeAnswerEncoder | OnnxAnswerEncoder:
+    """The answer encoder that reads this base's files."""
+    return open_encoder(base.path) if base.export is None else OnnxAnswerEncoder(base.path, n_threads=n_threads)
+
+
+def embedding_table(base: BaseModel) -> Rows:
+    """Where this base's token embeddings can be read."""
+    return GGUFTensors(base.path) if base.export is None else OnnxAnswerEncoder(base.path, n_threads=1)

@@ -10,14 +10,13 @@ import numpy as np
 from edge_align.bases import BaseModel
 from edge_align.config import RuntimeConfig
 from edge_align.encoder import PreferenceEncoder
-from edge_align.features import MAX_TOKENS, open_encoder, prompt_features
+from edge_align.engines import open_tokenizer
+from edge_align.features import embedding_table, MAX_TOKENS, open_base_encoder, prompt_features
 from edge_align.gate import cross_validate, earns_head, HeldOut, split_half_reliability, wilson
-from edge_align.gguf_tensors import GGUFTensors
 from edge_align.latent_dpo import draw_contrasts, fit, fit_head, LatentDPOConfig, LatentFeedback
 from edge_align.pack import LatentPack
 from edge_align.pairs import Dataset
 from edge_align.records import Prompt
-from edge_align.runtime.llamacpp import LlamaCppBackend
 
 MAX_LATENTS = 64
 """Prompts over which the KL of a prompt-dependent profile is averaged."""
@@ -56,13 +55,13 @@ def encode_dataset(
     for prompt in [*(pair.prompt for pair in dataset.pairs), *(rating.prompt for rating in dataset.ratings)]:
         prompts.setdefault(prompt, len(prompts))
     threads = 0 if runtime is None else runtime.n_threads
-    with LlamaCppBackend.open(base.path, config=RuntimeConfig(n_ctx=64, n_threads=threads)) as backend:
+    with open_tokenizer(base, n_threads=threads) as tokenize:
         # far more characters than MAX_TOKENS tokens ever cover need not be tokenised
-        answers = [backend.tokenize(text[: MAX_TOKENS * 32]) or [0] for text in texts]
-        questions = [backend.tokenize(prompt[-1].content[: MAX_TOKENS * 32]) or [0] for prompt in prompts]
-    encoder = open_encoder(base.path)
+        answers = [tokenize(text[: MAX_TOKENS * 32]) or [0] for text in texts]
+        questions = [tokenize(prompt[-1].content[: MAX_TOKENS * 32]) or [0] for prompt in prompts]
+    encoder = open_base_encoder(base, n_threads=threads)
     z = pack.encode(encoder.encode(answers, on_done=lambda n: tell(n / len(answers))))
-    described = prompt_features(GGUFTensors(base.path), questions)
+    described = prompt_features(embedding_table(base), questions)
     inputs, expected = pack.head_inputs(described), pack.expected(described)
 
     def latents(found: list[tuple[str, Prompt]]) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import PersonalizeConfig, RuntimeConfig
+from edge_align.engines import check_engine
 from edge_align.errors import InputError, NothingUsable
 from edge_align.feedback.read import read_feedback
 from edge_align.home import Home
@@ -107,14 +108,17 @@ def personalize(
     config: PersonalizeConfig | None = None,
     runtime: RuntimeConfig | None = None,
     progress: Progress | None = None,
+    engine: str | None = None,
 ) -> PersonalizeReport:
     """Log the feedback in `sources`, learn from the whole log of `profile`, save a version, activate it if it passes.
 
+    engine: "llamacpp" or "onnx", which must be the one that reads the base's files; None: whichever does.
     Raises NothingUsable when neither the files nor the log hold a usable row; InputError, ArtefactError,
     StorageError, BackendError. Rows logged before an error stay logged.
     """
     config = config or PersonalizeConfig()
     base = find_base(model, home=home)
+    check_engine(base, engine)
     pack = find_pack(base, home)  # before any row is read: without it nothing can be learnt
     stages = Stages(progress)
     store = ProfileStore(home)

@@ -72,6 +72,11 @@ def find_folder(base: BaseModel, home: Home) -> Path:
                 return folder
         except ArtefactError:
             continue  # a damaged pack of some base must not hide a good one of this base
+    if base.export is not None:
+        raise PackMissing(
+            f"{base.id} has no latent pack here; build one from the GGUF this export was made of, with: "
+            "edge-align export pack --model GGUF"
+        )
     minutes = estimate_minutes(base)
     raise PackMissing(
         f"{base.id} has no latent pack yet; build one with: edge-align export pack --model {base.path} "
@@ -84,7 +89,7 @@ def estimate_minutes(base: BaseModel) -> float:
     import os
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1.0, MINUTES_PER_GB * base.path.stat().st_size / 1e9 * 2 / cores)
+    return max(1.0, MINUTES_PER_GB * base.size_bytes / 1e9 * 2 / cores)
 
 
 def known_models(home: Home) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import click
 
 from edge_align.cli.options import (
     App,
+    engine_option,
     json_option,
     model_option,
     open_assistant,
@@ -32,6 +33,7 @@ from edge_align.errors import InputError
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @sampling_options
 @model_option
+@engine_option
 @runtime_options
 @json_option
 @click.pass_obj
@@ -43,6 +45,7 @@ def command(
     system: str | None,
     sampling: SamplingConfig,
     model: str | None,
+    engine: str | None,
     runtime: RuntimeConfig,
 ) -> None:
     """Talk, rate the answers, and learn from it.
@@ -56,7 +59,9 @@ def command(
     check_strength(strength)
     if no_profile and profile is not None:
         raise InputError("--no-profile cannot be combined with --profile; drop one of them")
-    with open_assistant(app, model=model, profile=profile, use_profile=not no_profile, runtime=runtime) as assistant:
+    with open_assistant(
+        app, model=model, profile=profile, use_profile=not no_profile, runtime=runtime, engine=engine
+    ) as assistant:
         conversation = Conversation(
             assistant,
             home=app.home,

@@ -70,8 +70,37 @@ def _software() -> Iterator[Check]:
             status: Status = "note" if name in OPTIONAL else "broken"
             extra = "edge-align[default-base]" if name in OPTIONAL else "edge-align"
             yield Check(name, status, f'not installed; run: pip install "{extra}"')
+    yield from _onnxruntime()
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     yield Check("processors", "ok", f"{usable} usable of {os.cpu_count()}")
+
+
+def _onnxruntime() -> Iterator[Check]:
+    """The optional engine: two distributions share one folder, and the CPU one hides CUDA."""
+    found = {}
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if not found:
+        yield Check("onnxruntime", "note", 'not installed; for ONNX exports run: pip install "edge-align[onnx]"')
+        return
+    shown = ", ".join(f"{name} {version}" for name, version in found.items())
+    if len(found) == 2:
+        remedy = "uninstall both with pip, then install edge-align[onnx] or edge-align[onnx-gpu]"
+        yield Check("onnxruntime", "broken", f"{shown}: both are installed and overwrite each other; {remedy}")
+        return
+    yield _checked("onnxruntime", lambda: _providers(shown, promised="onnxruntime-gpu" in found))
+
+
+def _providers(shown: str, *, promised: bool) -> Check:
+    from edge_align.runtime.onnx_session import library
+
+    names = [name.removesuffix("ExecutionProvider") for name in library().get_available_providers()]
+    if promised and "CUDA" not in names:
+        return Check("onnxruntime", "broken", f"{shown} has no CUDA provider; reinstall it, and check CUDA and cuDNN")
+    return Check("onnxruntime", "ok", f"{shown}: {', '.join(names)}")
 
 
 def _home(app: App) -> Iterator[Check]:
@@ -101,13 +130,13 @@ def _model(app: App, model: str | None, runtime: RuntimeConfig) -> Iterator[Chec
     try:
         home = app.home
         base = find_base(model, home=home)
-        n_bytes = base.path.stat().st_size
-        yield Check("base", "ok", f"{base.id}, {base.hash}, {size(n_bytes)}, {shown(base.path)}")
+        yield Check("base", "ok", f"{base.id}, {base.hash}, {size(base.size_bytes)}, {shown(base.path)}")
     except (EdgeAlignError, OSError) as error:
         yield Check("base", "broken", str(error))
         return
-    yield _checked("steering", lambda: _steering(base.path, runtime))
-    yield _checked("devices", lambda: _devices(base.path, runtime))
+    yield _checked("steering", lambda: _steering(base, runtime))
+    if base.export is None:
+        yield _checked("devices", lambda: _devices(base.path, runtime))
     yield _checked("pack", lambda: _pack(home, base))
     yield _checked("profile", lambda: _profile(home, base))
 
@@ -119,15 +148,19 @@ def _checked(name: str, find: Callable[[], Check]) -> Check:
         return Check(name, "broken", str(error))
 
 
-def _steering(path: Path, runtime: RuntimeConfig) -> Check:
-    from edge_align.runtime.llamacpp import LlamaCppBackend, probe_steering
+def _steering(base: BaseModel, runtime: RuntimeConfig) -> Check:
+    from edge_align.engines import open_backend
+    from edge_align.runtime.llamacpp import probe_steering
 
-    with LlamaCppBackend.open(path, config=runtime) as backend:
+    backend = open_backend(base, runtime)
+    try:
         info = backend.info
         engine = f"{info.version} on {info.device}, {info.architecture}, {info.n_layer} blocks of width {info.d_model}"
         if not probe_steering(backend):
             return Check("steering", "broken", f"{engine}: a vector does not change the logits; choose another base")
         return Check("steering", "ok", f"{engine}: a vector changes the logits")
+    finally:
+        backend.close()
 
 
 def _devices(path: Path, runtime: RuntimeConfig) -> Check:

@@ -238,3 +238,47 @@ def control_vector(
         app,
         write_vector(app, path, profile=profile, version=version, model=model, strength=strength, overwrite=force),
     )
+
+
+@command.command("onnx")
+@click.option(
+    "--from", "source", metavar="HF_DIR|GGUF", required=True, help="The checkpoint: a folder, a file or an id."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    default="int4",
+    help="Of the weights; fp16 also of the computation (for CUDA).",
+)
+@click.option("--out", metavar="DIR", required=True, help="A new folder to put it in.")
+@json_option
+@click.pass_obj
+def onnx(app: App, source: str, precision: str, out: str) -> None:
+    """Export a base for ONNX Runtime, with a steering input.
+
+    From a Hugging Face folder or a GGUF, which is dequantised first; nothing is downloaded. Packs and profiles made
+    for a GGUF fit its exports. Needs the extras export and onnx.
+    """
+    from edge_align.bases import find_base, KNOWN
+
+    path = find_base(source).path if source in KNOWN else Path(source).expanduser()
+    from edge_align_export.onnx_export import export_onnx
+
+    with stages() as progress:
+        report = export_onnx(
+            path,
+            Path(out).expanduser().absolute(),
+            precision=precision,
+            base_id=source if source in KNOWN else None,
+            progress=progress,
+        )
+    if app.json:
+        emit_json(report.to_dict())
+        return
+    show_facts(
+        [
+            ("Export", f"{report.folder} ({size(report.size_bytes)})"),
+            ("Model", f"{report.architecture}, {report.n_layer} blocks of width {report.d_model}, {report.precision}"),
+            ("Next", f"edge-align generate PROMPT --model {shlex.quote(report.folder)}"),
+        ]
+    )

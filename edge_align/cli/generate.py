@@ -8,6 +8,7 @@ import click
 
 from edge_align.cli.options import (
     App,
+    engine_option,
     json_option,
     model_option,
     open_assistant,
@@ -37,6 +38,7 @@ TWO_COLUMNS = 100  # columns of a terminal from which two answers stand side by 
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @sampling_options
 @model_option
+@engine_option
 @runtime_options
 @json_option
 @click.pass_obj
@@ -50,6 +52,7 @@ def command(
     system: str | None,
     sampling: SamplingConfig,
     model: str | None,
+    engine: str | None,
     runtime: RuntimeConfig,
 ) -> None:
     """Answer one prompt. PROMPT is text, or `-` for stdin.
@@ -62,7 +65,9 @@ def command(
     conversation = user_prompt(read_value(prompt, name="prompt"), system=system)
     for message in conversation:
         check_text("prompt" if message.role == "user" else "system prompt", message.content)
-    with open_assistant(app, model=model, profile=profile, use_profile=not no_profile, runtime=runtime) as assistant:
+    with open_assistant(
+        app, model=model, profile=profile, use_profile=not no_profile, runtime=runtime, engine=engine
+    ) as assistant:
         if assistant.profile is None and compare:
             raise InputError("there is no profile to compare with the base; make one with `edge-align personalize`")
         if assistant.profile is None and not no_profile:

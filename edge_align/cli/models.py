@@ -137,7 +137,7 @@ def _describe(base: BaseModel, home: Home) -> dict[str, Any]:
     return {
         "id": base.id,
         "path": str(base.path),
-        "size_bytes": base.path.stat().st_size,
+        "size_bytes": base.size_bytes,
         "hash": base.hash,
         "architecture": base.header.architecture,
         "n_layer": base.n_layer,

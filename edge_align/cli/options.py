@@ -55,7 +55,15 @@ json_option = click.option(
 )
 
 model_option = click.option(
-    "--model", metavar="ID|PATH", help="Base model: an id from `edge-align models list`, or a GGUF file."
+    "--model",
+    metavar="ID|PATH",
+    help="Base model: an id from `edge-align models list`, a GGUF file, or an ONNX export.",
+)
+
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["llamacpp", "onnx"]),
+    help="Engine to run the base in.  [default: the one that reads its files]",
 )
 
 
@@ -123,14 +131,20 @@ def strength_option(function: Command) -> Command:
 
 @contextmanager
 def open_assistant(
-    app: App, *, model: str | None, profile: str | None, use_profile: bool, runtime: RuntimeConfig
+    app: App,
+    *,
+    model: str | None,
+    profile: str | None,
+    use_profile: bool,
+    runtime: RuntimeConfig,
+    engine: str | None = None,
 ) -> Iterator[Assistant]:
     """An open base with a profile; what the person should know about the profile is said on stderr."""
     from edge_align.assistant import Assistant
     from edge_align.cli.output import say
 
     with Assistant.open(
-        model=model, profile=profile, use_profile=use_profile, home=app.home, runtime=runtime
+        model=model, profile=profile, use_profile=use_profile, home=app.home, runtime=runtime, engine=engine
     ) as assistant:
         if assistant.profile is not None and assistant.profile.note:
             say(f"Note: {assistant.profile.note}")

@@ -8,6 +8,7 @@ import click
 
 from edge_align.cli.options import (
     App,
+    engine_option,
     json_option,
     model_option,
     profile_option,
@@ -29,6 +30,7 @@ from edge_align.config import default, PersonalizeConfig, RuntimeConfig
 )
 @profile_option("Profile to learn.")
 @model_option
+@engine_option
 @click.option("--user", metavar="ID", help="Whose verdicts to read from a chat export of several users.")
 @click.option(
     "--kl-budget",
@@ -48,6 +50,7 @@ def command(
     files: tuple[str, ...],
     profile: str,
     model: str | None,
+    engine: str | None,
     user: str | None,
     kl_budget: float,
     seed: int,
@@ -75,6 +78,7 @@ def command(
             user=user,
             config=config,
             runtime=runtime,
+            engine=engine,
             progress=progress,
         ).to_dict()
     if app.json:

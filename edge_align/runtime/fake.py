@@ -24,6 +24,7 @@ from edge_align.records import (
     SteeringVectors,
 )
 from edge_align.runtime.base import BackendInfo
+from edge_align.runtime.sampling import draw
 from edge_align.runtime.stream_text import TextStream
 
 N_VOCAB, START, END = 258, 256, 257
@@ -99,7 +100,7 @@ class FakeBackend:
         finish: FinishReason = "cancelled"
         while not (cancelled is not None and cancelled()):
             self._check_open()
-            token = _draw(self._logits(context) + steering, sampling, rng)
+            token = draw(self._logits(context) + steering, sampling, rng)
             last = perf_counter()
             first = first if count else last
             if token == END:
@@ -199,16 +200,3 @@ class FakeBackend:
         if len(tokens) > n_ctx:
             raise ContextOverflow(f"the prompt is {len(tokens)} tokens long and the context holds {n_ctx}; shorten it")
         return tokens
-
-
-def _draw(logits: np.ndarray, sampling: SamplingConfig, rng: np.random.Generator) -> int:
-    """Top-k, then top-p, then temperature, as in the engines."""
-    order = np.argsort(-logits, kind="stable")
-    if sampling.temperature == 0.0:
-        return int(order[0])
-    order = order[: sampling.top_k]
-    p = np.exp(logits[order] - logits[order[0]])
-    p /= p.sum()
-    kept = max(1, int(np.count_nonzero(np.cumsum(p) - p < sampling.top_p)))
-    p = np.exp((logits[order[:kept]] - logits[order[0]]) / sampling.temperature)
-    return int(rng.choice(order[:kept], p=p / p.sum()))

@@ -38,7 +38,7 @@ from edge_align.runtime.llama_native import (
 )
 from edge_align.runtime.llama_rows import Rows
 from edge_align.runtime.stream_text import TextStream
-from edge_align.runtime.template import ChatTemplate, render_segments
+from edge_align.runtime.template import ChatTemplate, render_tokens
 
 PREFILL_CHUNK = 64  # tokens; larger ones are no faster on a CPU and need larger buffers
 PREFILL_CHUNK_GPU = 512
@@ -108,15 +108,13 @@ class LlamaCppBackend:
         """Token ids of a conversation under the GGUF's chat template. Texts in messages never become control tokens."""
         self._check_open()
         model = self._model
-        suspicious = any(
-            model.tokenize(message.content, special=True) != model.tokenize(message.content, special=False)
-            for message in prompt
+        return render_tokens(
+            self.template,
+            prompt,
+            tokenize=model.tokenize,
+            control=lambda: model.control_pattern,
+            bos=model.bos if model.adds_bos else None,
         )
-        segments = render_segments(self.template, prompt, model.control_pattern if suspicious else None)
-        tokens = [token for text, special in segments for token in model.tokenize(text, special=special)]
-        if model.adds_bos and model.bos is not None and tokens[:1] != [model.bos]:
-            tokens.insert(0, model.bos)
-        return tokens
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateError
@@ -102,6 +102,24 @@ def render_segments(template: ChatTemplate, prompt: Prompt, control: re.Pattern[
         message["content"] = control.sub(hide, message["content"])
     pieces = re.split(f"{mark}([0-9]+){mark[0]}", template.render(messages))
     return [(hidden[int(text)], False) if i % 2 else (text, True) for i, text in enumerate(pieces) if text]
+
+
+def render_tokens(
+    template: ChatTemplate,
+    prompt: Prompt,
+    *,
+    tokenize: Callable[..., list[int]],
+    control: Callable[[], re.Pattern[str] | None],
+    bos: int | None,
+) -> list[int]:
+    """Token ids of a conversation; texts in messages never become control tokens. `bos`: to begin with, if not None.
+
+    `tokenize(text, special=...)` as in the Backend protocol; `control()` as in `render_segments`, asked when needed.
+    """
+    suspicious = any(tokenize(m.content, special=True) != tokenize(m.content, special=False) for m in prompt)
+    segments = render_segments(template, prompt, control() if suspicious else None)
+    tokens = [token for text, special in segments for token in tokenize(text, special=special)]
+    return [bos, *tokens] if bos is not None and tokens[:1] != [bos] else tokens
 
 
 def _unused_mark(texts: list[str]) -> str:

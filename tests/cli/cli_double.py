@@ -29,8 +29,8 @@ class DoubleAssistant:
         self.set_profile(profile)
 
     @classmethod
-    def open(cls, *, model=None, profile=None, use_profile=True, home, runtime):
-        cls.opened.append({"model": model, "runtime": runtime})
+    def open(cls, *, model=None, profile=None, use_profile=True, home, runtime, engine=None):
+        cls.opened.append({"model": model, "runtime": runtime, "engine": engine})
         return cls(home, (profile or cls.current) if use_profile else None)
 
     def __enter__(self):

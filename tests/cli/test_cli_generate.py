@@ -96,7 +96,21 @@ def test_a_prompt_that_cannot_be_answered_is_refused_before_the_engine_opens(run
 
 
 def test_model_and_runtime_options_reach_the_engine(run, engine):
-    run("generate", "Hi", "--model", "some.gguf", "--n-ctx", "512", "--threads", "3", "--n-gpu-layers", "-1")
+    run(
+        "generate",
+        "Hi",
+        "--model",
+        "some.gguf",
+        "--n-ctx",
+        "512",
+        "--threads",
+        "3",
+        "--n-gpu-layers",
+        "-1",
+        "--engine",
+        "onnx",
+    )
     (opened,) = engine.opened
     runtime = opened["runtime"]
     assert (opened["model"], runtime.n_ctx, runtime.n_threads, runtime.n_gpu_layers) == ("some.gguf", 512, 3, -1)
+    assert opened["engine"] == "onnx"

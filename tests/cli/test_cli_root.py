@@ -32,7 +32,7 @@ def commands() -> Iterator[tuple[tuple[str, ...], click.Command]]:
 
 LEAVES = [path for path, command in commands() if not isinstance(command, click.Group)]
 ISSUE = """personalize generate chat compare eval doctor feedback import|add|list|stats|validate|export|forget
-    profiles list|show|use|history|undo|rename|rm|export|import models list|show export pack"""
+    profiles list|show|use|history|undo|rename|rm|export|import models list|show export pack|onnx"""
 
 
 def test_every_command_of_the_specification_is_there_and_no_other():

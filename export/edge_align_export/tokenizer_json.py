@@ -1,0 +1,201 @@
+"""The tokenizer of an export: copied from a Hugging Face folder, or rebuilt from a GGUF's vocabulary and checked.
+
+Byte-level BPE vocabularies are rebuilt. The result must give llama.cpp's own tokens on PROBES, else it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_align.errors import BackendUnavailable, ModelLoadError
+from edge_align.files import parse_json_object, shown
+from edge_align.gguf_header import read_header
+from edge_align.runtime.llama_native import NativeModel
+
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TIKTOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS: dict[str, list[str]] = {
+    # tokenizer.ggml.pre -> the regular expressions that split a text, one after the other
+    "smollm": [r"\p{N}", _GPT2],
+    "gpt-2": [_GPT2],
+    "qwen2": [_TIKTOKEN % ""],
+    "llama-bpe": [_TIKTOKEN % "{1,3}"],
+}
+ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "</s>", "<|end|>")
+
+PROBES = (
+    "Hello, world!  It's 2024 and we'll have 1234567 reasons -- won't we?",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. Ça va? Año, naïve, œuvre.",
+    "日本語のテキスト、한국어 텍스트, русский текст, ελληνικά, العربية, हिन्दी, ไทย",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u00a0\u2003\u200b\ufeff tabs\t\tand\n\n\nnew lines \r\n and   spaces   ",
+    "def f(x):\n    return {'a': [x ** 2, -1.5e-10], \"b\": f'{x!r:>10}'}  # comment\n\n\tif x<=3: pass",
+    "<|im_start|>user\nHi<|im_end|>\n<|endoftext|> <|im_sta rt|> </s> [INST] <unk>",
+    " leading and trailing ",
+    "I'M SHOUTING, THEY'RE 'quoted' AND I'd've… “curly” — ½ ² ① Ⅷ ٣٤٥",
+    "https://example.org/a_b-c?d=e&f=%20#g user@example.org C:\\x\\y 10,000.00 $5 50% #1 @you \x00\x01\x7f",
+    "a" * 100 + " " * 50 + "\n" * 10 + "!?" * 20,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedTokenizer:
+    """What travels along: the text of tokenizer.json, the chat template, and the tokens the engine must know."""
+
+    document: str
+    template: str | None
+    bos: int | None
+    adds_bos: bool
+    ends: tuple[int, ...]
+
+
+def read_tokenizer(source: Path) -> ExportedTokenizer:
+    """The tokenizer of a GGUF or a Hugging Face folder.
+
+    Raises ModelLoadError (missing, unreadable), BackendUnavailable (a kind that cannot be rebuilt exactly).
+    """
+    return _from_folder(source) if source.is_dir() else _from_gguf(source)
+
+
+# -- GGUF ----------------------------------------------------------------------------------------------------------
+def _from_gguf(path: Path) -> ExportedTokenizer:
+    metadata = read_header(path).metadata
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise BackendUnavailable(
+            f"the tokenizer of {shown(path)} ({kind}, {pre}) cannot be rebuilt exactly; "
+            "export from the model's Hugging Face folder instead"
+        )
+    tokens, types, merges = _vocabulary(path)
+    document = json.dumps(_bpe_document(tokens, types, merges, PRE_TOKENIZERS[str(pre)]), ensure_ascii=False)
+    with closing(NativeModel(path)) as model:
+        _check_against(model, document, path)
+        ends = [token for token in range(model.n_vocab) if model.is_end(token)]
+        if model.eos in ends:  # first: templates call it eos_token
+            ends = [model.eos, *(token for token in ends if token != model.eos)]
+        return ExportedTokenizer(document, model.chat_template, model.bos, model.adds_bos, tuple(ends))
+
+
+def _vocabulary(path: Path) -> tuple[list[str], list[int], list[str]]:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    found = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")]
+    if None in found:
+        raise ModelLoadError(f"{shown(path)} has no tokens, token types or merges")
+    tokens, types, merges = (field.contents() for field in found)
+    return tokens, types, merges
+
+
+def _bpe_document(tokens: list[str], types: list[int], merges: list[str], patterns: list[str]) -> dict[str, Any]:
+    """A tokenizer.json of a byte-level BPE."""
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": kind == CONTROL,
+            }
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+
+
+def _check_against(model: NativeModel, document: str, path: Path) -> None:
+    """Refuse a tokenizer that splits any probe otherwise than llama.cpp does."""
+    from tokenizers import Tokenizer
+
+    rebuilt = Tokenizer.from_str(document)
+    for text in PROBES:
+        for special in (True, False):
+            rebuilt.encode_special_tokens = not special
+            if rebuilt.encode(text, add_special_tokens=False).ids != model.tokenize(text, special=special):
+                raise BackendUnavailable(
+                    f"the tokenizer of {shown(path)} cannot be rebuilt exactly (it differs on {ascii(text[:24])}); "
+                    "export from the model's Hugging Face folder instead"
+                )
+
+
+# -- Hugging Face --------------------------------------------------------------------------------------------------
+def _from_folder(folder: Path) -> ExportedTokenizer:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelLoadError(f"{shown(folder)} has no tokenizer.json; save the tokenizer in its fast form first")
+    document = path.read_text(encoding="utf-8")
+    try:
+        library = Tokenizer.from_str(document)
+    except Exception as error:  # the library raises bare Exception
+        raise ModelLoadError(
+            f"{shown(path)} is not a usable tokenizer: {' '.join(str(error).split())[:120]}"
+        ) from error
+    config = _optional_json(folder / "tokenizer_config.json")
+    ids = [_optional_json(folder / name) for name in ("generation_config.json", "config.json")]
+    names = [config.get("eos_token"), *ENDS]
+    ends = [token for found in ids for token in _listed(found.get("eos_token_id"))]
+    ends += [library.token_to_id(name) for name in map(_content, names) if name is not None]
+    bos = library.token_to_id(_content(config.get("bos_token")) or "")
+    adds_bos = bos is not None and library.encode("a").ids[:1] == [bos]
+    known = dict.fromkeys(token for token in ends if token is not None)
+    return ExportedTokenizer(document, _template(folder, config), bos, adds_bos, tuple(known))
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return parse_json_object(path.read_bytes(), shown(path)) if path.is_file() else {}
+
+
+def _listed(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else [*(value or ())]
+
+
+def _content(value: Any) -> str | None:
+    """A token's text; configs spell it as a string or as an object."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None

@@ -1,0 +1,254 @@
+"""Exported graphs compute what transformers computes, steering included; bad input is named and leaves nothing."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference.tiny_checkpoints import KINDS, make_checkpoint
+
+from edge_align.config import RuntimeConfig
+from edge_align.errors import (
+    BackendUnavailable,
+    CorruptArtefact,
+    EdgeAlignError,
+    InputError,
+    ModelLoadError,
+    StorageError,
+)
+from edge_align.onnx_files import read_export
+from edge_align.records import SteeringVectors
+from edge_align.runtime.onnx import OnnxBackend
+from edge_align_export import onnx_export
+from edge_align_export.onnx_export import export_onnx
+from edge_align_export.onnx_weights import quantise_affine
+
+ONE_THREAD = RuntimeConfig(n_threads=1, n_ctx=256)
+TOKENS = np.random.default_rng(0).integers(0, 256, 40).tolist()
+
+
+def random_vectors(n_layer: int, d_model: int, seed: int = 0, size: float = 1.0) -> SteeringVectors:
+    array = np.random.default_rng(seed).normal(size=(n_layer, d_model)) * size
+    array[0] = 0
+    return SteeringVectors(array)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("qwen2", tmp_path_factory.mktemp("tiny") / "qwen2")
+
+
+def by_transformers(folder: Path, tokens: list[int], vectors: np.ndarray | None, start: int) -> np.ndarray:
+    """Logits (T, n_vocab) of transformers' own model, vectors added to block outputs from position `start` on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+
+    def add(row: np.ndarray) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            states = output[0] if isinstance(output, tuple) else output
+            states = states.clone()
+            states[:, start:] += torch.from_numpy(np.array(row))
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        return hook
+
+    if vectors is not None:
+        for layer, row in zip(model.model.layers, vectors, strict=True):
+            layer.register_forward_hook(add(row))
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor([tokens])).logits[0].numpy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_graph_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
+    """Prefill, then one long and many single steps, past the sliding windows."""
+    source = make_checkpoint(kind, tmp_path / kind)
+    export_onnx(source, tmp_path / "out", precision="fp32")
+    n_prompt = 21
+    prompt, completion = TOKENS[:n_prompt], TOKENS[n_prompt:]
+    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
+        vectors = random_vectors(backend.info.n_layer, backend.info.d_model)
+        for steering in (None, vectors):
+            array = None if steering is None else steering.array
+            expected = by_transformers(source, TOKENS, array, n_prompt - 1)[n_prompt - 1 : -1]
+            (together,) = backend.score(prompt, [completion], vectors=steering)
+            assert np.abs(together - expected).max() <= 1e-3
+        singly = [
+            backend._decoder.run(
+                np.array([[token]]),
+                np.array([n_prompt - 1 + i]),
+                steering=vectors.array[None],
+                wanted=np.zeros(1, np.int64),
+            )[0, 0].copy()  # type: ignore[union-attr]
+            for i, token in enumerate([prompt[-1], *completion[:-1]])
+        ]
+    assert np.abs(np.array(singly) - expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.05), ("int8", 0.4), ("int4", 4.0)])
+def test_lower_precisions_stay_near_the_full_one(
+    checkpoint: Path, tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    """Random weights are the worst case for four bits; the base's own figures stand in the decision note."""
+    export_onnx(checkpoint, tmp_path / "out", precision=precision)
+    expected = by_transformers(checkpoint, TOKENS, None, 0)
+    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
+        (got,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+        assert np.abs(got - expected[:-1]).max() <= tolerance
+        assert read_export(tmp_path / "out").precision == precision
+
+
+def naive_product(packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """What MatMulNBits computes, written out: (level - zero point) * scale, times x and the means of its blocks."""
+    n, blocks, _ = packed.shape
+    out = np.zeros(n)
+    wide = np.concatenate([x, x.reshape(-1, 32).mean(1)])
+    wide = np.pad(wide, (0, blocks * 32 - len(wide)))
+    for row in range(n):
+        for block in range(blocks):
+            zero = zeros[row, block // 2] >> (4 * (block % 2)) & 15
+            for i in range(32):
+                level = packed[row, block, i // 2] >> (4 * (i % 2)) & 15
+                out[row] += (float(level) - float(zero)) * scales[row, block] * wide[block * 32 + i]
+    return out
+
+
+def test_a_matrix_on_a_grid_of_16_levels_survives_four_bits_whatever_its_offsets() -> None:
+    """Q4_1's own grid: level * step + offset. Plain zero points alone leave over ten times the error."""
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 16, (6, 3, 32))
+    levels[..., 0], levels[..., 1] = 0, 15
+    step, offset = rng.uniform(0.01, 0.03, (6, 3, 1)), rng.uniform(-0.3, -0.1, (6, 3, 1))
+    matrix = (levels * step + offset).reshape(6, 96).astype(np.float32)
+    x = rng.normal(size=96) + 0.5
+    error = naive_product(*quantise_affine(matrix), x) - matrix @ x
+    rounded = (np.rint(offset / step) * step - offset).repeat(32, -1).reshape(6, 96) @ x
+    assert np.abs(error).max() < 0.05  # the offsets' own steps are a fifteenth of a weight's
+    assert np.sqrt((error**2).mean()) < np.sqrt((rounded**2).mean()) / 10
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+def refused(source: Path, out: Path, error: type[EdgeAlignError], match: str, precision: str = "fp32") -> None:
+    with pytest.raises(error, match=match):
+        export_onnx(source, out, precision=precision)
+    assert not out.exists() or not any(out.iterdir())
+
+
+def changed(checkpoint: Path, tmp_path: Path, **values: Any) -> Path:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | values))
+    return Path(copy)
+
+
+def test_an_unknown_architecture_is_named_with_those_that_can_be_exported(checkpoint: Path, tmp_path: Path) -> None:
+    source = changed(checkpoint, tmp_path, model_type="mamba")
+    refused(source, tmp_path / "out", BackendUnavailable, "'mamba' cannot be exported; these can: llama")
+
+
+def test_a_missing_tokenizer_weight_or_config_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", tmp_path / "out", InputError, "neither a GGUF file nor a folder")
+    source = changed(checkpoint, tmp_path, num_hidden_layers=6)
+    refused(source, tmp_path / "out", ModelLoadError, "has no weight for 4")
+    (source / "tokenizer.json").unlink()
+    refused(source, tmp_path / "out", ModelLoadError, "has no tokenizer.json")
+    (source / "config.json").unlink()
+    refused(source, tmp_path / "out", InputError, "has no config.json")
+
+
+def test_truncated_weights_and_nan_are_found(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    source = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
+    save_file(tensors, path)
+    refused(source, tmp_path / "out", ModelLoadError, "1.up holds NaN")
+    path.write_bytes(path.read_bytes()[:5000])
+    refused(source, tmp_path / "out", ModelLoadError, "damaged or truncated")
+
+
+def test_a_truncated_gguf_is_refused(base_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.gguf").write_bytes(base_path.read_bytes()[: 50 << 20])
+    refused(tmp_path / "half.gguf", tmp_path / "out", ModelLoadError, "truncated")
+
+
+def test_a_folder_with_files_a_file_and_an_unknown_precision_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(InputError, match="is not empty"):
+        export_onnx(checkpoint, tmp_path / "full")
+    with pytest.raises(InputError, match="is a file"):
+        export_onnx(checkpoint, tmp_path / "full" / "mine")
+    with pytest.raises(InputError, match="unknown precision 'int3'"):
+        export_onnx(checkpoint, tmp_path / "out", precision="int3")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_too_little_disk_is_found_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(onnx_export.shutil, "disk_usage", lambda _path: usage)
+    refused(checkpoint, tmp_path / "out", StorageError, "make room")
+
+
+def test_an_interrupted_export_leaves_nothing_that_loads_and_does_not_stop_the_next(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    def stop(stage: str, done: float) -> None:
+        if (stage, done) == ("seal", 0.0):  # everything but the manifest is written
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(checkpoint, out, precision="int4", progress=stop)
+    assert not out.exists()
+    with pytest.raises(CorruptArtefact, match="is missing"):
+        read_export(tmp_path / "out.partial")
+    export_onnx(checkpoint, out, precision="int4")
+    assert read_export(out).n_layer == 4 and not (tmp_path / "out.partial").exists()
+
+
+def test_every_damage_to_an_export_is_listed_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_onnx(checkpoint, out)
+    (out / "chat_template.jinja").unlink()
+    weights = out / "model.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(CorruptArtefact, match="chat_template.jinja is missing; the content of model.onnx.data is not"):
+        read_export(out)
+
+
+def resealed(out: Path, **changes: Any) -> None:
+    """Give a changed export a manifest that its files fit again."""
+    from edge_align.files import sha256_file
+
+    manifest = json.loads((out / "manifest.json").read_text()) | changes
+    for name, entry in manifest["files"].items():
+        entry |= {"sha256": sha256_file(out / name), "bytes": (out / name).stat().st_size}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_graph_without_a_steering_input_or_of_other_sizes_is_named_as_such(checkpoint: Path, tmp_path: Path) -> None:
+    import onnx
+
+    out = tmp_path / "out"
+    export_onnx(checkpoint, out, precision="fp32")
+    resealed(out, n_head_kv=4)
+    with pytest.raises(ModelLoadError, match="takes past.0.key of sizes"):
+        OnnxBackend.open(out)
+    graph = onnx.load(out / "model.onnx", load_external_data=False)
+    for node in graph.graph.node:
+        node.input[:] = ["other" if name == "steering" else name for name in node.input]
+    for value in graph.graph.input:
+        value.name = "other" if value.name == "steering" else value.name
+    onnx.save(graph, out / "model.onnx")
+    resealed(out)
+    with pytest.raises(ModelLoadError, match="has no steering input"):
+        OnnxBackend.open(out)
