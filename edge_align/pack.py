@@ -20,10 +20,7 @@ from edge_align.files import canonical_json, load_json_object, sha256_bytes, wri
 from edge_align.records import SteeringVectors
 from edge_align.tensors import dump_tensors, load_tensors
 
-SCHEMA = 2
-SKEW_LIMIT = 1.0
-"""Of |kl_skew . z|: beyond, the direction is further out than anything it was fitted on. KL still grows with z."""
-
+SCHEMA = 1
 MANIFEST = "manifest.json"
 TENSORS = "pack.safetensors"
 
@@ -37,7 +34,7 @@ class LatentPack:
     prompt_projection (n_prompt_feature + 1, p): prompt features -> the p whitened inputs of the prompt head.
     variance (k,): posterior variance of a latent given an answer. decoder (k, n_layer, d_model); layer 0 is zero.
     metric (k, k): KL(base || steered by z) ~ z' metric z / 2 for small z, nats per token.
-    kl_curve (3,), kl_skew (k,): ln KL = c0 + c1 ln q + c2 (ln q)^2 + kl_skew . z with q = z' metric z / 2.
+    kl_curve (3,): ln KL = c0 + c1 ln q + c2 (ln q)^2 with q = z' metric z / 2.
     """
 
     manifest: Mapping[str, Any]
@@ -49,7 +46,6 @@ class LatentPack:
     decoder: np.ndarray
     metric: np.ndarray
     kl_curve: np.ndarray
-    kl_skew: np.ndarray
     hash: str
 
     @property
@@ -93,8 +89,7 @@ class LatentPack:
         q = self.quadratic(z)
         if q <= 0.0:
             return 0.0
-        skew = float(np.clip(self.kl_skew @ z, -SKEW_LIMIT, SKEW_LIMIT))
-        return kl_of_quadratic(q, self.kl_curve) * math.exp(skew)
+        return kl_of_quadratic(q, self.kl_curve)
 
     def mean_kl(self, latents: np.ndarray) -> float:
         """Mean of `predicted_kl` over rows (n, k)."""
@@ -137,24 +132,6 @@ def fit_kl_curve(quadratic: np.ndarray, measured: np.ndarray) -> np.ndarray:
     return np.asarray(coefficients, dtype=np.float32)
 
 
-def fit_kl_skew(latents: np.ndarray, log_error: np.ndarray) -> np.ndarray:
-    """Ridge regression of ln (measured / predicted KL) (n,) on the latents (n, k); (k,) float32.
-
-    One way along a direction costs more than the other, which no quadratic form says. The penalty is the one that
-    predicts left-out measurements best; none at all (zeros) is among the choices.
-    """
-    gram = latents @ latents.T
-    unit = float(np.trace(gram)) / len(gram)
-    best, chosen = float((log_error**2).mean()), np.zeros(len(gram))
-    for penalty in (0.1, 0.3, 1.0, 3.0, 10.0):
-        inverse = np.linalg.inv(gram + penalty * unit * np.eye(len(gram)))
-        weights = inverse @ log_error
-        left_out = float(((weights / np.diag(inverse)) ** 2).mean())  # of every point by the fit to the others
-        if left_out < best:
-            best, chosen = left_out, weights
-    return np.asarray(chosen @ latents, dtype=np.float32)
-
-
 def save_pack(
     folder: Path, *, tensors: Mapping[str, np.ndarray], manifest: Mapping[str, Any], card: str | None = None
 ) -> None:
@@ -195,11 +172,6 @@ def load_pack(folder: Path, *, base_hash: str | None = None) -> LatentPack:
         raise UnsupportedVersion(
             f"the pack in {folder} has schema {manifest['schema']}; this edge-align reads up to {SCHEMA}"
         )
-    if manifest["schema"] < SCHEMA:
-        raise UnsupportedVersion(
-            f"the pack in {folder} has schema {manifest['schema']}, of an earlier edge-align; build it again: "
-            f"edge-align export pack --model {manifest.get('base', 'GGUF')}"
-        )
     if base_hash is not None and manifest.get("base_hash") != base_hash:
         raise IncompatibleBase(
             f"the pack in {folder} was made for base {str(manifest.get('base_hash'))[:23]}…, not {base_hash[:23]}…"
@@ -220,7 +192,6 @@ def load_pack(folder: Path, *, base_hash: str | None = None) -> LatentPack:
         "decoder": ("float16", (k, layers, width)),
         "metric": ("float32", (k, k)),
         "kl_curve": ("float32", (3,)),
-        "kl_skew": ("float32", (k,)),
     }
     tensors = {name: array.astype(np.float32) for name, array in load_tensors(folder / TENSORS, expected).items()}
     digest = sha256_bytes((folder / TENSORS).read_bytes())

@@ -74,7 +74,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, bench: dict[str, ModuleT
         "decoder": decoder,
         "metric": np.eye(K) * 0.01,
         "kl_curve": np.array([0.0, 1.0, 0.0]),
-        "kl_skew": np.zeros(K),
     }
     manifest = {"base_hash": base.hash, "n_layer": base.n_layer, "d_model": d, "k": K}
     save_pack(root / "packs" / "random", tensors=tensors, manifest=manifest)

@@ -36,7 +36,6 @@ def pack() -> LatentPack:
         decoder=rng.normal(size=(K, 4, 6)).astype(np.float32) * [[[0], [1], [1], [1]]],
         metric=np.eye(K, dtype=np.float32),
         kl_curve=np.array([0, 1, 0], np.float32),
-        kl_skew=np.zeros(K, np.float32),
         hash="",
     )
 

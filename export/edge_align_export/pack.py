@@ -22,7 +22,7 @@ from edge_align.files import make_private_dir
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
 from edge_align.kl import measured_kl, open_probe, Probe
-from edge_align.pack import fit_kl_curve, fit_kl_skew, kl_of_quadratic, LatentPack, load_pack, save_pack
+from edge_align.pack import fit_kl_curve, kl_of_quadratic, LatentPack, load_pack, save_pack
 from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import MORE_USERS
@@ -147,7 +147,6 @@ def build_pack(
     tensors = _tensors(linear) | {
         "metric": pack.pack.metric,
         "kl_curve": pack.pack.kl_curve,
-        "kl_skew": pack.pack.kl_skew,
     }
     save_pack(folder, tensors=tensors, manifest=manifest, card=card(manifest))
     load_pack(folder, base_hash=base.hash)
@@ -302,7 +301,6 @@ def _measure(
         **_tensors(linear),
         metric=np.eye(k, dtype=np.float32),
         kl_curve=np.array([0, 1, 0], np.float32),
-        kl_skew=np.zeros(k, np.float32),
         hash="",
     )
     tell = stage("metric")
@@ -315,26 +313,23 @@ def _measure(
     tell = stage("KL curve")
     other = probe(3)
     texts = [backend.detokenize(tokens) for tokens in answers.completions]
-    steps, quadratic, measured = [], [], []
+    quadratic, measured = [], []
     for i in range(config.curve_points):
         # every third one random, the others where somebody's verdicts point, as a profile will; each both ways
         z = taste(linear.latents, texts, answers.groups, rng) if i % 3 else rng.standard_normal(k)
         q = np.exp(np.log(0.02) + (np.log(2.0) - np.log(0.02)) * (i + 0.5) / config.curve_points)
         for way in (1, -1):
             step = (way * z * np.sqrt(2 * q / (z @ metric @ z))).astype(np.float32)
-            steps.append(step)
             quadratic.append(q)
             measured.append(measured_kl(backend, other, pack.decode(step)))
         tell((i + 1) / config.curve_points)
     curve = fit_kl_curve(np.array(quadratic), np.array(measured))
     error = np.log(measured) - np.log([kl_of_quadratic(q, curve) for q in quadratic])
-    pack = replace(pack, metric=metric, kl_curve=curve, kl_skew=fit_kl_skew(np.stack(steps), error))
-    left = np.abs(np.log([pack.predicted_kl(step) for step in steps]) - np.log(measured))
     health = {
-        "kl_factor_median": round(float(np.exp(np.median(left))), 3),
-        "kl_factor_worst": round(float(np.exp(left.max())), 3),
+        "kl_factor_median": round(float(np.exp(np.median(np.abs(error)))), 3),
+        "kl_factor_worst": round(float(np.exp(np.abs(error).max())), 3),
     }
-    return _Measured(pack, health)
+    return _Measured(replace(pack, metric=metric, kl_curve=curve), health)
 
 
 def taste(latents: np.ndarray, texts: Sequence[str], groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:

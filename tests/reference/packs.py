@@ -20,7 +20,6 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
         "decoder": decoder.astype(np.float16),
         "metric": (root @ root.T).astype(np.float32),
         "kl_curve": np.array([-0.1, 0.95, -0.03], np.float32),
-        "kl_skew": np.zeros(K, np.float32),
     }
 
 
