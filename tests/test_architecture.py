@@ -96,6 +96,9 @@ edge_align.server.service
 edge_align.server.transport
 edge_align.server.openai_shape
 edge_align.server.openai_api
+edge_align.server.responses_api
+edge_align.server.embeddings
+edge_align.server.ollama_api
 edge_align.server.local_api
 edge_align.server.app
 edge_align_export

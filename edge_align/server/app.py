@@ -17,7 +17,7 @@ from edge_align.config import RuntimeConfig, ServerConfig
 from edge_align.errors import EdgeAlignError, InputError
 from edge_align.files import check_name
 from edge_align.home import Home
-from edge_align.server import local_api, openai_api
+from edge_align.server import embeddings, local_api, ollama_api, openai_api, responses_api
 from edge_align.server.decoder import Decoder
 from edge_align.server.engine import Engine, opener
 from edge_align.server.guard import Guard
@@ -85,8 +85,8 @@ def create_app(
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(EdgeAlignError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
-    for router in (openai_api.router, local_api.router):
-        app.include_router(router)
+    for part in (openai_api, responses_api, embeddings, ollama_api, local_api):
+        app.include_router(part.router)
     return Guard(app, config=config, keys=keys)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TYPE_CHECKING
+
+import numpy as np
 
 from edge_align.assistant import Assistant
 from edge_align.bases import BaseModel, find_base
@@ -17,6 +19,9 @@ from edge_align.profiles import ProfileStore
 from edge_align.records import Prompt, SteeringVectors
 from edge_align.registry import find_pack
 from edge_align.runtime.base import Backend
+
+if TYPE_CHECKING:
+    from edge_align.runtime.activations import ActivationReader
 
 RESIDENT = 64  # profiles kept open; each is a few kilobytes
 
@@ -44,6 +49,7 @@ class Engine:
     backend: Backend
     profiles: Profiles
     base: BaseModel | None = None
+    embed: Callable[[Sequence[int]], np.ndarray] | None = None  # token ids -> (d_model,) float32 of length 1
 
 
 class Shelf:
@@ -85,6 +91,24 @@ class Shelf:
         return assistant
 
 
+class Embedder:
+    """The mean of a text's hidden states two thirds up the base, made to length 1; a context of its own, on demand."""
+
+    def __init__(self, base: BaseModel, runtime: RuntimeConfig) -> None:
+        self._base, self._runtime = base, runtime
+        self._reader: ActivationReader | None = None
+
+    def __call__(self, tokens: Sequence[int]) -> np.ndarray:
+        """(d_model,) float32 of token ids, at least one. Raises InputError, ContextOverflow, BackendError."""
+        from edge_align.runtime.activations import ActivationReader
+
+        self._reader = self._reader or ActivationReader.open(self._base.path, config=self._runtime)
+        (states,) = self._reader.hidden(tokens, [2 * self._base.n_layer // 3])
+        mean = states.mean(0)
+        vector: np.ndarray = mean / max(float(np.linalg.norm(mean)), 1e-12)
+        return vector
+
+
 def opener(home: Home, model: str | None, runtime: RuntimeConfig) -> Callable[[], Engine]:
     """A function that opens the base in llama.cpp, for the decoder's thread to call."""
 
@@ -93,6 +117,6 @@ def opener(home: Home, model: str | None, runtime: RuntimeConfig) -> Callable[[]
 
         base = find_base(model, hash_cache=home.hash_cache)
         backend = LlamaCppBackend.open(base.path, config=runtime)
-        return Engine(backend, Shelf(home, base, backend, runtime), base)
+        return Engine(backend, Shelf(home, base, backend, runtime), base, Embedder(base, runtime))
 
     return open_engine

@@ -8,6 +8,10 @@ from edge_align.errors import InputError
 
 GRAMMAR_LIMIT = 256 << 10  # characters
 
+_CHARACTER = r'[^"\\] | "\\" ("'[:-1]
+_JSON_CHARACTER = r'[^"\\\x7F\x00-\x1F] | "\\" ("'[:-1]
+"""A character of a string: the converter's rule lets line breaks through, JSON does not (llama.cpp's own has this)."""
+
 
 @functools.lru_cache(maxsize=32)
 def grammar_of(schema: str) -> str:
@@ -24,6 +28,7 @@ def grammar_of(schema: str) -> str:
             f"the schema cannot be made into a grammar ({type(error).__name__}); use types, properties, required, "
             "items, enum, const, anyOf and local $ref"
         ) from None
+    grammar = grammar.replace(_CHARACTER, _JSON_CHARACTER)
     if len(grammar) > GRAMMAR_LIMIT:
         raise InputError("the grammar of the schema is too large; simplify the schema")
     return grammar

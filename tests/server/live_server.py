@@ -7,7 +7,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +115,15 @@ class Live:
 
 
 def fake_engine(backend: FakeBackend | None = None, profiles: Any = None) -> Callable[[], Engine]:
-    engine = Engine(backend or FakeBackend(config=RuntimeConfig(n_ctx=2048)), profiles or FixedProfiles())
+    engine = Engine(
+        backend or FakeBackend(config=RuntimeConfig(n_ctx=2048)), profiles or FixedProfiles(), embed=embedded
+    )
     return lambda: engine
+
+
+def embedded(tokens: Sequence[int]) -> np.ndarray:
+    """An embedding that counts on one hand: (how many, their sum, the first, the last) / 1000."""
+    return np.array([len(tokens), sum(tokens), tokens[0], tokens[-1]], np.float32) / 1000
 
 
 def keys_of(**known: tuple[str, ...]) -> Keys:
