@@ -36,6 +36,8 @@ edge_align.feedback.formats
 edge_align.feedback.formats.trl
 edge_align.feedback.formats.native
 edge_align.feedback.formats.csv
+edge_align.feedback.formats.chatgpt
+edge_align.feedback.formats.lm_studio
 edge_align.feedback.formats.gpt4all
 edge_align.feedback.formats.hh_rlhf
 edge_align.feedback.formats.open_webui

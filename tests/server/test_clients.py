@@ -207,7 +207,8 @@ def test_llm_answers_streams_and_fits_a_schema(real, tmp_path):
     if not program.exists():
         pytest.skip("llm is not installed; it comes with the extra default-base")
     (tmp_path / "extra-openai-models.yaml").write_text(
-        f"- model_id: edge\n  model_name: {MODEL}\n  api_base: {real.url}/v1\n  api_key_name: edge\n  supports_schema: true\n"
+        f"- model_id: edge\n  model_name: {MODEL}\n  api_base: {real.url}/v1\n"
+        "  api_key_name: edge\n  supports_schema: true\n"
     )
     env = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": "", "OPENAI_API_KEY": key_of("ann")}
 

@@ -3,8 +3,10 @@
 import sqlite3
 
 import pytest
+from click.testing import CliRunner
 from live_server import bearer, fake_engine, keys_of, serving
 
+from edge_align.cli.main import cli
 from edge_align.config import ServerConfig
 from edge_align.errors import UnsupportedVersion
 from edge_align.home import Home
@@ -210,3 +212,14 @@ def test_a_store_of_a_newer_edge_align_is_refused(tmp_path):
     connection.close()
     with AnswerStore(home, keep_days=1) as store, pytest.raises(UnsupportedVersion):
         store.find("a", 0, owner="")
+
+
+def test_forgetting_on_the_command_line_erases_the_remembered_answers_too(tmp_path):
+    home = Home(tmp_path / "home")
+    with AnswerStore(home, keep_days=1) as store:
+        store.add([answer("a", profile="ann", text="zanzibar-answer"), answer("b", profile="bob")])
+    command = ["--home", str(home.root), "feedback", "forget", "--all", "--yes", "--profile", "ann"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    with AnswerStore(home, keep_days=1) as store:
+        assert store.count() == 1 and store.find("b", 0, owner="") is not None
+    assert b"zanzibar" not in home.answers_db.read_bytes()
