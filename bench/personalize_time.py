@@ -35,7 +35,8 @@ from edge_align.latent_dpo import LatentDPOConfig
 from edge_align.pairs import Dataset
 from edge_align.profiles import ProfileStore
 from edge_align.records import PreferencePair
-from edge_align.runtime.torch_ref import batches, LlamaReference
+from edge_align.runtime.torch_ref import LlamaReference
+from edge_align.runtime.torch_rows import batches
 from edge_align.simulation.users import pair_lines, user
 
 

@@ -53,15 +53,23 @@ class Assistant:
     """
 
     def __init__(
-        self, *, base: BaseModel, backend: Backend, home: Home, runtime: RuntimeConfig, model: str | None = None
+        self,
+        *,
+        base: BaseModel,
+        backend: Backend,
+        home: Home,
+        runtime: RuntimeConfig,
+        model: str | None = None,
+        pack: LatentPack | None = None,
     ) -> None:
+        """pack: the base's latent pack, where it is open already."""
         self.base = base
         self._model = model  # as it was asked for, so that reports name it the same way
         self.profile: LoadedProfile | None = None
         self._backend = backend
         self._home = home
         self._runtime = runtime
-        self._pack: LatentPack | None = None
+        self._pack = pack
         self._vectors: SteeringVectors | None = None  # of a constant profile at strength 1
         self._log_name = DEFAULT_PROFILE
 

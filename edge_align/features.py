@@ -79,7 +79,7 @@ class AnswerEncoder:
         """(n, n_feature) float32, in the order given. Each answer has at least one token."""
         import torch
 
-        from edge_align.runtime.torch_ref import batches
+        from edge_align.runtime.torch_rows import batches
 
         out = np.empty((len(answers), n_feature(self._model.shape.d_model)), np.float32)
         cut = [list(answer[:MAX_TOKENS]) for answer in answers]

@@ -135,6 +135,39 @@ def held_out_margins(feedback: LatentFeedback, theta: torch.Tensor, fold: np.nda
     return np.asarray(own)
 
 
+def compare_on_new(
+    feedback: LatentFeedback,
+    contrasts: Contrasts,
+    new: np.ndarray,
+    active: np.ndarray,
+    *,
+    config: LatentDPOConfig,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """How many of the rows `new` (n + m,) bool a refit predicts, and how many the mean `active` (k,) does, as shares.
+
+    The refit is cross-validated over all rows, and `active` was learnt before the new ones, so neither has seen them.
+    """
+    n = len(feedback.chosen)
+    fold = folds(np.concatenate([feedback.pair_group, feedback.rated_group]), most=FOLDS, seed=seed)
+    n_folds = int(fold.max()) + 1
+    train = (fold[None] != np.arange(n_folds)[:, None]).astype(np.float32)
+    labels = np.broadcast_to(feedback.rated_up, (n_folds, len(feedback.rated))).copy()
+    theta = fit_batch(
+        contrasts,
+        torch.from_numpy(train[:, :n] * feedback.pair_weight),
+        torch.from_numpy(labels),
+        torch.from_numpy(train[:, n:] * feedback.rated_weight),
+        k=feedback.k,
+        config=config,
+    )
+    known = torch.from_numpy(np.broadcast_to(active, theta.shape).astype(np.float32).copy())
+    signs = np.concatenate([np.ones(n), feedback.rated_up * 2.0 - 1.0])
+    margins = held_out_margins(feedback, torch.stack([theta, known]), fold) * signs
+    right = (margins > 0) + 0.5 * (margins == 0)
+    return float(right[0, new].mean()), float(right[1, new].mean())
+
+
 def split_half_reliability(
     feedback: LatentFeedback, contrasts: Contrasts, *, config: LatentDPOConfig, splits: int = 24, seed: int = 0
 ) -> float:

@@ -43,6 +43,11 @@ class Home:
         return self.root / "feedback.db"
 
     @property
+    def answers_db(self) -> Path:
+        """Answers that the server gave lately."""
+        return self.root / "answers.db"
+
+    @property
     def profiles_dir(self) -> Path:
         return self.root / "profiles"
 

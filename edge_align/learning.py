@@ -12,7 +12,7 @@ from edge_align.config import RuntimeConfig
 from edge_align.encoder import PreferenceEncoder
 from edge_align.engines import open_tokenizer
 from edge_align.features import embedding_table, MAX_TOKENS, open_base_encoder, prompt_features
-from edge_align.gate import cross_validate, earns_head, HeldOut, split_half_reliability, wilson
+from edge_align.gate import compare_on_new, cross_validate, earns_head, HeldOut, split_half_reliability, wilson
 from edge_align.latent_dpo import draw_contrasts, fit, fit_head, LatentDPOConfig, LatentFeedback
 from edge_align.pack import LatentPack
 from edge_align.pairs import Dataset
@@ -111,6 +111,18 @@ def learn(pack: LatentPack, feedback: LatentFeedback, *, seed: int, config: Late
         reliability=split_half_reliability(feedback, contrasts, config=config, seed=seed),
         outside_support=float((np.linalg.norm(every, axis=1) > SUPPORT * np.sqrt(pack.k)).mean()),
     )
+
+
+def compare_with(
+    pack: LatentPack, feedback: LatentFeedback, active: PreferenceEncoder, new: np.ndarray, *, seed: int
+) -> tuple[float, float]:
+    """(refit, active): the shares of the rows `new` (pairs, then ratings) that each predicts without having seen them.
+
+    A prompt-dependent profile takes part with its constant mean, as the cross-validated refits do.
+    """
+    config = LatentDPOConfig()
+    contrasts = draw_contrasts(feedback, pack.variance, config=config, seed=seed)
+    return compare_on_new(feedback, contrasts, new, active.mean, config=config, seed=seed)
 
 
 def calibrate(pack: LatentPack, learnt: Learnt, *, kl_budget: float) -> tuple[PreferenceEncoder, float]:

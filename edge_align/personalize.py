@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TYPE_CHECKING
 
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import PersonalizeConfig, RuntimeConfig
@@ -15,11 +15,15 @@ from edge_align.engines import check_engine
 from edge_align.errors import InputError, NothingUsable
 from edge_align.feedback.read import read_feedback
 from edge_align.home import Home
+from edge_align.pack import LatentPack
 from edge_align.pairs import build, count_by_origin, Dataset
 from edge_align.profiles import ProfileStore
-from edge_align.records import DroppedRow, FeedbackRow
+from edge_align.records import DroppedRow, FeedbackRow, PreferencePair, Rating
 from edge_align.registry import find_pack, open_profile
 from edge_align.store import FeedbackLog
+
+if TYPE_CHECKING:
+    from edge_align.latent_dpo import LatentFeedback
 
 NEWEST = 2_000
 """Rows trained on; a longer log is trained on its newest rows, and the report says so."""
@@ -126,7 +130,8 @@ def personalize(
         with stages.stage("read"), FeedbackLog(home) as log:
             counts = import_feedback(log, profile, sources, user=user)
             total = log.count(profile)
-            dataset = build(log.rows(profile, newest=NEWEST))
+            logged = [*log.rows(profile, newest=NEWEST)]
+            dataset = build(logged)
         n_rows = len(dataset.pairs) + len(dataset.ratings)
         if not n_rows:
             raise NothingUsable(_nothing(sources, counts, profile))
@@ -173,6 +178,10 @@ def personalize(
             encoder, predicted = calibrate(pack, learnt, kl_budget=config.kl_budget)
             scale = encoder.scale
         passed = learnt.heldout.passes and scale > 0.0
+        worse = None
+        if config.no_worse:
+            with stages.stage("compare"):
+                worse = _worse_than_active(store, profile, base, pack, feedback, logged, total, seed=config.seed)
         with stages.stage("save"):
             saved = store.save(
                 profile,
@@ -190,13 +199,15 @@ def personalize(
                     "heldout": {key: round(value, 4) for key, value in asdict(learnt.heldout).items()},
                     "pairs": len(dataset.pairs),
                     "ratings": len(dataset.ratings),
+                    "logged": total,
                     "seed": config.seed,
                 },
             )
-            activated = config.activate and (passed or config.force)
+            activated = config.activate and ((passed and worse is None) or config.force)
             if activated:
                 store.activate(profile, saved.number)
-                store.use(profile)
+                if config.use:
+                    store.use(profile)
         return PersonalizeReport(
             **common,
             version=saved.number,
@@ -210,8 +221,44 @@ def personalize(
             stages_sec=stages.seconds,
             profile_bytes=store.size_bytes(profile, saved.number),
             activated=activated,
-            reason=_reason(passed=passed, config=config, more=learnt.heldout.more_rows(), total=total, scale=scale),
+            reason=worse
+            or _reason(passed=passed, config=config, more=learnt.heldout.more_rows(), total=total, scale=scale),
         )
+
+
+def _worse_than_active(
+    store: ProfileStore,
+    profile: str,
+    base: BaseModel,
+    pack: LatentPack,
+    feedback: LatentFeedback,
+    logged: Sequence[FeedbackRow],
+    total: int,
+    *,
+    seed: int,
+) -> str | None:
+    """Why the version that is being learnt should not replace the active one; None where it may."""
+    import numpy as np
+
+    from edge_align.encoder import PreferenceEncoder
+    from edge_align.learning import compare_with
+
+    if profile not in store.names() or store.active_version(profile) is None:
+        return None
+    usable = store.load_usable(profile, expect={"base_hash": base.hash, "pack_hash": pack.hash})
+    seen = len(logged) - max(0, total - int(usable.manifest.get("logged", 0)))
+    old, now = build(logged[: max(0, seen)]), build(logged)
+    known: set[PreferencePair | Rating] = {*old.pairs, *old.ratings}
+    new = np.array([row not in known for row in (*now.pairs, *now.ratings)], dtype=bool)
+    if not new.any():
+        return None
+    refit, active = compare_with(pack, feedback, PreferenceEncoder.from_tensors(usable.tensors), new, seed=seed)
+    if refit >= active:
+        return None
+    return (
+        f"not activated: it predicts {refit:.0%} of {int(new.sum())} new verdicts and version {usable.version}, "
+        f"which stays active, {active:.0%}"
+    )
 
 
 def import_feedback(log: FeedbackLog, profile: str, sources: Sequence[Source], *, user: str | None) -> RowCounts:

@@ -197,6 +197,15 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a decoded token was, natural logarithm, before temperature; and the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), the likeliest first
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationChunk:
     """A piece of a streamed answer. The last chunk of an answer has `finish_reason` and `stats` set."""
 
@@ -204,6 +213,7 @@ class GenerationChunk:
     tokens: tuple[int, ...] = ()  # decoded since the previous chunk, end-of-text excluded
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, where they were asked for
 
 
 @dataclass(frozen=True, slots=True)

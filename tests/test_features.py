@@ -19,7 +19,8 @@ from edge_align.features import (
     prompt_features,
 )
 from edge_align.gguf_tensors import GGUFTensors
-from edge_align.runtime.torch_ref import batches, LlamaReference
+from edge_align.runtime.torch_ref import LlamaReference
+from edge_align.runtime.torch_rows import batches
 
 D = 576  # of SmolLM2-135M
 

@@ -9,7 +9,8 @@ from edge_align.bases import find_base
 from edge_align.config import SamplingConfig
 from edge_align.errors import BackendUnavailable, ModelLoadError
 from edge_align.records import SteeringVectors, user_prompt
-from edge_align.runtime.torch_ref import draw, LlamaReference
+from edge_align.runtime.torch_ref import LlamaReference
+from edge_align.runtime.torch_rows import draw
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=6)
 

@@ -21,6 +21,7 @@ from edge_align.feedback.read import read_feedback
 from edge_align.files import check_name, write_atomic
 from edge_align.pairs import build, count_by_origin
 from edge_align.records import DroppedRow, FeedbackRow, user_prompt
+from edge_align.server.answers import AnswerStore
 from edge_align.store import FeedbackLog
 
 LISTED_DROPPED = 1000  # dropped rows named in JSON; a file may have millions
@@ -317,6 +318,8 @@ def forget(app: App, ids: tuple[int, ...], everything: bool, matching: str | Non
         if ids and not forgotten:
             raise InputError(f"{profile} has no row with such an id; `edge-align feedback list` shows the ids")
         rows = log.count(profile)
+    with AnswerStore(app.home, keep_days=0) as answers:  # what the server remembers could bring a verdict back
+        answers.forget(profile=profile)
     if app.json:
         emit_json({"profile": profile, "forgotten": forgotten, "rows": rows})
     else:

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Talk, rate the answers, and learn from it.",
     "compare": "Pick the better of two answers, and learn from it.",
+    "serve": "Answer desktop assistants, and learn from their thumbs.",
     "feedback": "Add, inspect, export and forget feedback.",
     "profiles": "List, choose, undo, share and remove profiles.",
     "models": "Show, add and remove the base models that can be personalised.",

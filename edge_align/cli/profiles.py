@@ -21,6 +21,7 @@ from edge_align.cli.output import emit_json, plural, say, show_facts, show_table
 from edge_align.config import default, PersonalizeConfig, RuntimeConfig
 from edge_align.errors import EdgeAlignError, InputError
 from edge_align.profiles import ProfileStore, Version
+from edge_align.server.answers import AnswerStore
 from edge_align.store import FeedbackLog
 
 
@@ -252,6 +253,9 @@ def rm(app: App, name: str, with_feedback: bool, yes: bool) -> None:
         if learnt:
             store.remove(name)
         forgotten = log.forget(name, everything=True) if with_feedback else 0
+    if with_feedback:
+        with AnswerStore(app.home, keep_days=0) as answers:
+            answers.forget(profile=name)
     if app.json:
         emit_json({"name": name, "removed": learnt, "forgotten": forgotten, "feedback_rows": rows - forgotten})
         return

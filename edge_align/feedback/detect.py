@@ -8,9 +8,11 @@ from typing import Literal
 from edge_align.errors import InputError
 from edge_align.feedback.fields import Format, kind
 from edge_align.feedback.formats import (
+    chatgpt,
     csv,
     gpt4all,
     hh_rlhf,
+    lm_studio,
     native,
     open_webui,
     openai,
@@ -24,6 +26,8 @@ FORMATS: tuple[Format, ...] = (  # the first that matches reads the record
     openai.FORMAT,
     ultrafeedback.FORMAT,
     ultrafeedback_binarized.FORMAT,
+    chatgpt.FORMAT,
+    lm_studio.FORMAT,
     gpt4all.FORMAT,
     hh_rlhf.FORMAT,
     native.FORMAT,

@@ -17,7 +17,8 @@ import numpy as np
 
 from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, ContextOverflow, InputError, SessionClosed
-from edge_align.runtime.llama_native import api, check_tokens, context_length, NativeContext, NativeModel
+from edge_align.runtime.llama_checks import check_tokens, context_length
+from edge_align.runtime.llama_native import api, NativeContext, NativeModel
 
 N_BATCH = 512  # tokens of several sequences decoded together
 N_BATCH_LAST = 64  # the last block computes only positions whose logits are wanted, and those need room

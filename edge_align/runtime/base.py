@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TYPE_CHECKING
+from typing import Protocol, runtime_checkable, TYPE_CHECKING
 
 from edge_align.config import SamplingConfig
+from edge_align.errors import BackendUnavailable
 from edge_align.records import Completion, GenerationChunk, Prompt, SteeringVectors
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class BackendInfo:
     n_ctx: int
     device: str  # "cpu", or the accelerator's name
     per_row_steering: bool = False  # may rows of one batch carry different vectors?
+    features: frozenset[str] = frozenset()  # of `SamplingConfig.needs`: what `generate` can do
 
 
 class Backend(Protocol):
@@ -92,3 +94,40 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Forking(Protocol):
+    """An engine that can hold several unfinished answers: each fork has a context of its own on the same weights.
+
+    A fork keeps the keys and values of its last prompt (unsteered, so of no profile); they can be taken out and put
+    into another fork of the same engine.
+    """
+
+    def fork(self) -> Backend:
+        """Another context. Closing it leaves the weights; closing the engine closes it. Raises ModelLoadError."""
+        ...
+
+    @property
+    def held(self) -> np.ndarray:
+        """The prompt tokens whose keys and values are cached, (n,) int32."""
+        ...
+
+    def save_prompt(self) -> bytes:
+        """The cached keys and values of `held`."""
+        ...
+
+    def load_prompt(self, tokens: np.ndarray, data: bytes) -> bool:
+        """Cache what `save_prompt` gave for `tokens`; False, and an empty cache, when the engine refuses it."""
+        ...
+
+    def forget_prompt(self) -> None:
+        """Empty the cache."""
+        ...
+
+
+def check_sampling(info: BackendInfo, sampling: SamplingConfig) -> None:
+    """Raise BackendUnavailable when the engine cannot sample like this."""
+    missing = sampling.needs - info.features
+    if missing:
+        raise BackendUnavailable(f"the engine {info.name} has no {', '.join(sorted(missing))}; leave it out")

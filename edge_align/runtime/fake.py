@@ -22,6 +22,7 @@ from edge_align.records import (
     join_chunks,
     Prompt,
     SteeringVectors,
+    TokenLogprob,
 )
 from edge_align.runtime.base import BackendInfo
 from edge_align.runtime.sampling import draw
@@ -46,7 +47,10 @@ class FakeBackend:
             n_vocab=N_VOCAB,
             n_ctx=config.n_ctx,
             device="cpu",
+            features=frozenset({"logit_bias", "logprobs"}),
         )
+        self._config = config
+        self._held = np.empty(0, np.int32)
         rng = np.random.default_rng(0)
         self._table = rng.normal(size=(2, N_VOCAB, N_VOCAB))  # logits after the last token, and after the one before
         self._table[0, :, _LETTERS] += 6.0  # mostly readable
@@ -98,9 +102,18 @@ class FakeBackend:
         context, pending, text, count = [*prompt], [], "", 0
         limit = min(sampling.max_tokens, self.info.n_ctx - len(prompt) + 1)
         finish: FinishReason = "cancelled"
+        top, logprobs = sampling.top_logprobs, []
+        wanted = np.array(prompt[:-1], np.int32)
+        same = self._held[: len(wanted)] == wanted[: len(self._held)]
+        cached = int(np.argmin([*same, False]))
+        self._held = wanted
+        bias = np.zeros(N_VOCAB)
+        for biased, amount in sampling.logit_bias:
+            bias[biased % N_VOCAB] += amount
         while not (cancelled is not None and cancelled()):
             self._check_open()
-            token = draw(self._logits(context) + steering, sampling, rng)
+            logits = self._logits(context) + steering
+            token = draw(logits + bias, sampling, rng)
             last = perf_counter()
             first = first if count else last
             if token == END:
@@ -109,23 +122,25 @@ class FakeBackend:
             count += 1
             context.append(token)
             pending.append(token)
+            if top is not None:
+                logprobs.append(_logprob(logits, token, top))
             text = stream.feed(bytes([token]))
             if stream.stopped or count >= limit:
                 finish = "stop" if stream.stopped else "length"
                 break
             if text:
-                yield GenerationChunk(text, tuple(pending))
-                text, pending = "", []
+                yield GenerationChunk(text, tuple(pending), logprobs=tuple(logprobs))
+                text, pending, logprobs = "", [], []
         stats = GenerationStats(
             prompt_tokens=len(prompt),
-            cached_tokens=0,
+            cached_tokens=cached,
             completion_tokens=count,
             ttft_sec=first - started,
             generation_sec=last - first,
             prompt_tps=0.0,
             generation_tps=(count - 1) / (last - first) if count > 1 and last > first else 0.0,
         )
-        yield GenerationChunk(text + stream.finish(), tuple(pending), finish, stats)
+        yield GenerationChunk(text + stream.finish(), tuple(pending), finish, stats, tuple(logprobs))
 
     def generate_batch(
         self,
@@ -160,6 +175,25 @@ class FakeBackend:
             rows = [self._logits([*head, *completion[:t]]) + steering for t in range(len(completion))]
             scores.append(np.array(rows, np.float32).reshape(-1, N_VOCAB))
         return scores
+
+    def fork(self) -> FakeBackend:
+        """Another one like it, with a prompt cache of its own."""
+        self._check_open()
+        return FakeBackend(n_layer=self.info.n_layer, d_model=self.info.d_model, config=self._config)
+
+    @property
+    def held(self) -> np.ndarray:
+        return self._held
+
+    def save_prompt(self) -> bytes:
+        return self._held.tobytes()
+
+    def load_prompt(self, tokens: np.ndarray, data: bytes) -> bool:
+        self._held = np.frombuffer(data, np.int32)
+        return np.array_equal(self._held, tokens)
+
+    def forget_prompt(self) -> None:
+        self._held = self._held[:0]
 
     def close(self) -> None:
         self._closed = True
@@ -200,3 +234,10 @@ class FakeBackend:
         if len(tokens) > n_ctx:
             raise ContextOverflow(f"the prompt is {len(tokens)} tokens long and the context holds {n_ctx}; shorten it")
         return tokens
+
+
+def _logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """Log-softmax, spelt out."""
+    logp = logits - np.log(np.exp(logits).sum())
+    best = np.argsort(-logits, kind="stable")[:top]
+    return TokenLogprob(token, float(logp[token]), tuple((int(i), float(logp[i])) for i in best))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edge_align.errors import BackendUnavailable
-from edge_align.runtime.llama_native import api
+from edge_align.runtime.llama_native import api, NativeModel
 
 Kind = Literal["cpu", "gpu", "accelerator"]
 
@@ -45,3 +45,12 @@ def devices() -> list[Device]:
         name, title = (" ".join(text(handle).decode("utf-8", "replace").split()) for text in texts)
         found.append(Device(name, title, _KINDS.get(kind(handle), "accelerator")))
     return found
+
+
+def device_of(model: NativeModel) -> str:
+    """ "cpu", or the GPU's name and how much of the model it holds."""
+    on_gpu, layers = model.offloaded
+    if not on_gpu:
+        return "cpu"
+    names = [f"{device.name} ({device.title})" for device in devices() if device.kind == "gpu"]
+    return f"{', '.join(names) or 'gpu'}, {on_gpu} of {layers} layers"

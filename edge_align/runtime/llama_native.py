@@ -10,18 +10,18 @@ import functools
 import os
 import re
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_align.config import RuntimeConfig, SamplingConfig
+from edge_align.config import SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, InputError, ModelLoadError
 from edge_align.gguf_header import read_header
-from edge_align.records import SteeringVectors
+from edge_align.records import SteeringVectors, TokenLogprob
 
 TEXT_LIMIT = 16 * 2**20  # bytes of one text to tokenise
+PENALTY_TOKENS = 1024  # newest tokens of an answer that presence and frequency penalties look at
 GREEDY_BELOW = 1e-6  # a temperature under this would overflow float32 logits
 
 _errors: deque[str] = deque(maxlen=8)  # llama.cpp's last error lines
@@ -294,16 +294,35 @@ class NativeContext:
         self.C.llama_memory_seq_rm(self.memory, target, -1, -1)
         self.C.llama_memory_seq_cp(self.memory, source, target, -1, -1)
 
+    def save(self, seq: int) -> bytes:
+        """The keys and values of a sequence. Raises BackendError."""
+        size = int(self.C.llama_state_seq_get_size(self._context, seq))
+        buffer = (ctypes.c_uint8 * size)()
+        if int(self.C.llama_state_seq_get_data(self._context, buffer, size, seq)) != size:
+            raise BackendError("llama.cpp could not copy a prompt's cache")
+        return bytes(buffer)
+
+    def load(self, seq: int, data: bytes) -> bool:
+        """Fill an empty sequence with what `save` gave; only with bytes of this process, as C trusts them."""
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        return int(self.C.llama_state_seq_set_data(self._context, buffer, len(data), seq)) > 0
+
     def clear(self) -> None:
         self.C.llama_memory_clear(self.memory, False)
 
 
 class Sampler:
-    """A native sampler chain: top-k, top-p, temperature, draw; greedy at temperature 0."""
+    """A native sampler chain: bias, penalties, grammar, then top-k, top-p, temperature, draw; greedy at temperature 0.
+
+    The penalties look at the answer, not at the prompt. Raises InputError for a grammar that llama.cpp does not read.
+    """
 
     def __init__(self, model: NativeModel, sampling: SamplingConfig, seed: int) -> None:
         C = self.C = model.C
+        constraints = _constraints(model, sampling)  # first: it may raise
         self.chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
+        for part in constraints:
+            C.llama_sampler_chain_add(self.chain, part)
         if sampling.temperature < GREEDY_BELOW:
             parts = [C.llama_sampler_init_greedy()]
         else:
@@ -322,34 +341,28 @@ class Sampler:
             self.C.llama_sampler_free(chain)
 
 
-def check_tokens(model: NativeModel, tokens: Sequence[int], name: str) -> np.ndarray:
-    """Token ids as int32, every one in the vocabulary. Raises InputError."""
-    array = np.asarray(tokens)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InputError(f"the {name} is not a list of token ids")
-    if array.size and not (array.min() >= 0 and array.max() < model.n_vocab):
-        raise InputError(f"the {name} holds a token id outside the vocabulary of {model.n_vocab}")
-    return array.astype(np.int32)
+def _constraints(model: NativeModel, sampling: SamplingConfig) -> list[Any]:
+    """The samplers that change logits before anything is cut off; usually none."""
+    C, parts = model.C, []
+    if sampling.grammar is not None:
+        grammar = C.llama_sampler_init_grammar(model.vocab, sampling.grammar.encode(), b"root")
+        if not grammar:
+            raise InputError("llama.cpp cannot read the grammar; simplify the schema")
+        parts.append(grammar)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        penalties = (model.n_vocab, PENALTY_TOKENS, 1.0, sampling.frequency_penalty, sampling.presence_penalty)
+        parts.insert(0, C.llama_sampler_init_penalties(*penalties))
+    if sampling.logit_bias:
+        known = [(token, bias) for token, bias in sampling.logit_bias if token < model.n_vocab]
+        biases = (C.llama_logit_bias * len(known))(*known)
+        parts.insert(0, C.llama_sampler_init_logit_bias(model.n_vocab, len(known), biases))
+    return parts
 
 
-def check_vectors(model: NativeModel, vectors: SteeringVectors | None) -> SteeringVectors | None:
-    """`vectors` themselves, None for zero ones. Raises InputError when their shape is another model's."""
-    if vectors is None:
-        return None
-    if vectors.array.shape != (model.n_layer, model.d_model):
-        raise InputError(
-            f"the steering vectors have shape {vectors.array.shape}; this base has ({model.n_layer}, {model.d_model})"
-        )
-    return None if vectors.is_zero else vectors
-
-
-def context_length(model: NativeModel, config: RuntimeConfig) -> int:
-    """The context in effect: never more than the model was trained on."""
-    return min(config.n_ctx, model.n_ctx_train or config.n_ctx)
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two arrays share from the start."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
+def log_softmax_top(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """The log-probability of `token` under logits (n_vocab,), and the `top` likeliest tokens with theirs."""
+    peak = logits.max()
+    total = float(peak) + float(np.log(np.exp((logits - peak).astype(np.float64)).sum()))
+    best = np.argpartition(-logits, top)[:top] if top else np.empty(0, np.int64)
+    best = best[np.lexsort((best, -logits[best]))]
+    return TokenLogprob(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in best))

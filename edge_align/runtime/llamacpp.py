@@ -27,15 +27,9 @@ from edge_align.records import (
     SteeringVectors,
 )
 from edge_align.runtime.base import Backend, BackendInfo
-from edge_align.runtime.llama_native import (
-    check_tokens,
-    check_vectors,
-    common_prefix,
-    context_length,
-    NativeContext,
-    NativeModel,
-    Sampler,
-)
+from edge_align.runtime.llama_checks import check_tokens, check_vectors, common_prefix, context_length
+from edge_align.runtime.llama_devices import device_of
+from edge_align.runtime.llama_native import log_softmax_top, NativeContext, NativeModel, Sampler
 from edge_align.runtime.llama_rows import Rows
 from edge_align.runtime.stream_text import TextStream
 from edge_align.runtime.template import ChatTemplate, render_tokens
@@ -61,7 +55,8 @@ class LlamaCppBackend:
             d_model=model.d_model,
             n_vocab=model.n_vocab,
             n_ctx=context.n_ctx,
-            device=_device(model),
+            device=device_of(model),
+            features=frozenset({"penalties", "logit_bias", "grammar", "logprobs"}),
         )
 
     @classmethod
@@ -73,14 +68,17 @@ class LlamaCppBackend:
         config = config or RuntimeConfig()
         with ExitStack() as stack:
             model = stack.enter_context(closing(NativeModel(Path(path), n_gpu_layers=config.n_gpu_layers)))
-            context = NativeContext(
-                model,
-                n_ctx=context_length(model, config),
-                n_batch=PREFILL_CHUNK_GPU if model.gpu else PREFILL_CHUNK,
-                n_threads=config.n_threads,
-            )
-            stack.enter_context(closing(context))
+            context = stack.enter_context(closing(_context(model, config)))
             return cls(model, context, config, stack.pop_all())
+
+    def fork(self) -> LlamaCppBackend:
+        """Another context on the same weights (tens of MB); see `runtime.base.Forking`. Raises ModelLoadError."""
+        self._check_open()
+        with ExitStack() as stack:
+            context = stack.enter_context(closing(_context(self._model, self._config)))
+            forked = LlamaCppBackend(self._model, context, self._config, stack.pop_all())
+        self._stack.callback(forked.close)  # before the weights go
+        return forked
 
     def close(self) -> None:
         self._closed = True
@@ -160,6 +158,7 @@ class LlamaCppBackend:
         self._check_open()
         self._turn += 1
         turn, context, n = self._turn, self._context, len(prompt)
+        top, logprobs = sampling.top_logprobs, []
         stream = TextStream(sampling.stop)
         limit = min(sampling.max_tokens, context.n_ctx - n + 1)
         count, pending, text, cached = 0, [], "", 0
@@ -189,16 +188,18 @@ class LlamaCppBackend:
                         break
                     count += 1
                     pending.append(token)
+                    if top is not None:
+                        logprobs.append(log_softmax_top(context.logits(1)[0], token, top))
                     text = stream.feed(piece(token))
                     if stream.stopped or count >= limit:
                         finish = "stop" if stream.stopped else "length"
                         break
                     if text:
-                        yield GenerationChunk(text, tuple(pending))
+                        yield GenerationChunk(text, tuple(pending), logprobs=tuple(logprobs))
                         if self._turn != turn or self._closed:
                             self._check_open()
                             raise BackendError("another answer was started before this one ended")
-                        text, pending = "", []
+                        text, pending, logprobs = "", [], []
             finally:
                 if self._turn == turn and not self._closed:
                     self._end_answer(n - 1)
@@ -211,7 +212,35 @@ class LlamaCppBackend:
             prompt_tps=_rate(n - 1 - cached, prefilled - started),
             generation_tps=_rate(count - 1, last - first),
         )
-        yield GenerationChunk(text + stream.finish(), tuple(pending), finish, stats)
+        yield GenerationChunk(text + stream.finish(), tuple(pending), finish, stats, tuple(logprobs))
+
+    # -- the prompt cache ------------------------------------------------------------------------------------------
+    @property
+    def held(self) -> np.ndarray:
+        """(n,) int32: the prompt tokens whose unsteered keys and values are cached."""
+        return self._cached
+
+    def save_prompt(self) -> bytes:
+        """The keys and values of `held`, for `load_prompt` of a fork; about 23 kB a token for the default base."""
+        self._check_open()
+        self._context.forget(0, len(self._cached))
+        return self._context.save(0)
+
+    def load_prompt(self, tokens: np.ndarray, data: bytes) -> bool:
+        """Take over what a fork saved; the same floats, bit for bit. False, and an empty cache, when refused."""
+        self.forget_prompt()
+        if self._context.load(0, data):
+            self._cached = tokens
+            return True
+        self.forget_prompt()
+        return False
+
+    def forget_prompt(self) -> None:
+        """Empty the cache; an unfinished answer then raises BackendError."""
+        self._check_open()
+        self._turn += 1
+        self._cached = self._cached[:0]
+        self._context.clear()
 
     def _fill_cache(self, tokens: np.ndarray, cancelled: Callable[[], bool] | None) -> int:
         """Make the context hold exactly `tokens`, unsteered; returns how many it held before."""
@@ -341,19 +370,17 @@ def check_steering(backend: Backend) -> None:
         )
 
 
+def _context(model: NativeModel, config: RuntimeConfig) -> NativeContext:
+    return NativeContext(
+        model,
+        n_ctx=context_length(model, config),
+        n_batch=PREFILL_CHUNK_GPU if model.gpu else PREFILL_CHUNK,
+        n_threads=config.n_threads,
+    )
+
+
 def _rate(n: int, seconds: float) -> float:
     return n / seconds if n > 0 and seconds > 0 else 0.0
-
-
-def _device(model: NativeModel) -> str:
-    """ "cpu", or the GPU's name and how much of the model it holds."""
-    on_gpu, layers = model.offloaded
-    if not on_gpu:
-        return "cpu"
-    from edge_align.runtime.llama_devices import devices
-
-    names = [f"{device.name} ({device.title})" for device in devices() if device.kind == "gpu"]
-    return f"{', '.join(names) or 'gpu'}, {on_gpu} of {layers} layers"
 
 
 def _version() -> str:

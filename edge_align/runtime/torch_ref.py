@@ -19,6 +19,7 @@ from edge_align.config import SamplingConfig
 from edge_align.errors import BackendUnavailable, ModelLoadError
 from edge_align.gguf_header import GGUFHeader
 from edge_align.gguf_tensors import GGUFTensors
+from edge_align.runtime.torch_rows import attend_one, batches, draw, KVCache
 
 SUPPORTED = ("llama",)
 """Values of `general.architecture` this module computes."""
@@ -309,7 +310,9 @@ class LlamaReference:
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)] = torch.tensor(prompt)
-        cache = KVCache(self, len(prompts), longest + sampling.max_tokens)
+        shape = self.shape
+        size = (self.n_layer, len(prompts), shape.n_head_kv, longest + sampling.max_tokens, shape.d_head)
+        cache = KVCache(size, self.dtype)
         if longest > 1:  # prefill all but the last prompt token, unsteered
             x = self.embed(tokens[:, :-1])
             rotary = self.rotary(torch.arange(longest - 1)[None])
@@ -344,63 +347,3 @@ class LlamaReference:
                 alive, current = alive[kept], current[kept]
                 cache.select(kept)
         return answers
-
-
-def batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive runs of `order` (sorted by length) whose padded size stays within `budget` tokens."""
-    found: list[list[int]] = []
-    for i in order:
-        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
-            found[-1].append(i)
-        else:
-            found.append([i])
-    return found
-
-
-def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention of one query per row: two batched products are several times faster here than the fused kernel."""
-    batch, heads, _, width = q.shape
-    grouped = q.view(batch, k.shape[1], heads // k.shape[1], width) * width**-0.5
-    weights = (grouped @ k.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf).softmax(-1)
-    mixed: torch.Tensor = weights.to(v.dtype) @ v
-    return mixed.view(batch, heads, 1, width)
-
-
-def draw(logits: torch.Tensor, sampling: SamplingConfig, rng: torch.Generator) -> torch.Tensor:
-    """One token per row of logits (B, n_vocab): top-k, then top-p, then temperature."""
-    if sampling.temperature == 0.0:
-        return logits.argmax(-1)
-    values, indices = logits.topk(min(sampling.top_k, logits.shape[-1]))
-    before = values.softmax(-1).cumsum(-1).roll(1, -1)
-    before[:, 0] = 0.0
-    values = (values / sampling.temperature).masked_fill(before >= sampling.top_p, -torch.inf)
-    values[:, 0] = values[:, 0].nan_to_num(neginf=0.0)
-    return indices.gather(-1, torch.multinomial(values.softmax(-1), 1, generator=rng))[:, 0]
-
-
-class KVCache:
-    """Keys and values of a batch, rows of different length; one slot is written per row and step."""
-
-    def __init__(self, model: LlamaReference, batch: int, length: int) -> None:
-        s = model.shape
-        size = (model.n_layer, batch, s.n_head_kv, length, s.d_head)
-        self.keys = torch.zeros(size, dtype=model.dtype)
-        self.values = torch.zeros(size, dtype=model.dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.long)
-
-    def append(self, il: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, n_head_kv, T, d_head) after what each row holds; returns everything up to the longest."""
-        if k.shape[2] == 1:
-            rows = torch.arange(k.shape[0])
-            self.keys[il, rows, :, self.lengths] = k[:, :, 0]
-            self.values[il, rows, :, self.lengths] = v[:, :, 0]
-            span = int(self.lengths.max()) + 1
-            return self.keys[il, :, :, :span], self.values[il, :, :, :span]
-        self.keys[il, :, :, : k.shape[2]] = k
-        self.values[il, :, :, : v.shape[2]] = v
-        return k, v
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows only."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = self.lengths[rows]

@@ -71,10 +71,10 @@ def reason(line: bytes) -> str:
          "there is no verdict; add a label, or an edited answer as edited; "
          "give prompt, chosen, rejected or prompt, completion, label"),
         (b'{"question": "Q", "better": "A"}',
-         "unknown format with keys 'question', 'better'; known formats: csv, gpt4all, hh_rlhf, native, open_webui, "
-         "openai, trl, ultrafeedback, ultrafeedback_binarized"),
-        (b"{}", "unknown format with keys none; known formats: csv, gpt4all, hh_rlhf, native, open_webui, "
-         "openai, trl, ultrafeedback, ultrafeedback_binarized"),
+         "unknown format with keys 'question', 'better'; known formats: chatgpt, csv, gpt4all, hh_rlhf, lm_studio, "
+         "native, open_webui, openai, trl, ultrafeedback, ultrafeedback_binarized"),
+        (b"{}", "unknown format with keys none; known formats: chatgpt, csv, gpt4all, hh_rlhf, lm_studio, "
+         "native, open_webui, openai, trl, ultrafeedback, ultrafeedback_binarized"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_dropped_with_its_line_and_reason_and_reading_goes_on(line: bytes, expected: str) -> None:

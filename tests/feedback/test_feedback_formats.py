@@ -226,3 +226,25 @@ def test_an_implicit_prompt_ends_with_a_whole_word(chosen: str, rejected: str, e
     from edge_align.feedback.turns import split_common
 
     assert split_common(chosen, rejected) == expected
+
+
+def test_chatgpt_answers_written_again_make_pairs_with_the_one_gone_on_from() -> None:
+    rows, dropped = read("chatgpt.json")
+    assert rows == [
+        FeedbackRow(
+            user_prompt("Hi"), chosen="Hi!", rejected="Hello, how may I help?", origin="siblings", weight=0.5,
+            ts="2025-01-02T03:04:05+00:00", model="m", id="n3:n2", source="chatgpt",
+        )
+    ]  # fmt: skip
+    assert "no preference" in dropped[2]
+
+
+def test_lm_studio_versions_make_pairs_with_the_selected_one() -> None:
+    rows, dropped = read("lm_studio.jsonl")
+    assert rows == [
+        FeedbackRow(
+            user_prompt("Hi", system="Be kind."), chosen="Hi!", rejected="Hello, how may I help?", origin="siblings",
+            weight=0.5, source="lm_studio",
+        )
+    ]  # fmt: skip
+    assert "second version" in dropped[2] and "currentlySelected" in dropped[3]

@@ -1,0 +1,45 @@
+"""What is checked or counted before llama.cpp is asked: token ids, shapes of vectors, room, shared beginnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edge_align.config import RuntimeConfig
+from edge_align.errors import InputError
+from edge_align.records import SteeringVectors
+from edge_align.runtime.llama_native import NativeModel
+
+
+def check_tokens(model: NativeModel, tokens: Sequence[int], name: str) -> np.ndarray:
+    """Token ids as int32, every one in the vocabulary. Raises InputError."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"the {name} is not a list of token ids")
+    if array.size and not (array.min() >= 0 and array.max() < model.n_vocab):
+        raise InputError(f"the {name} holds a token id outside the vocabulary of {model.n_vocab}")
+    return array.astype(np.int32)
+
+
+def check_vectors(model: NativeModel, vectors: SteeringVectors | None) -> SteeringVectors | None:
+    """`vectors` themselves, None for zero ones. Raises InputError when their shape is another model's."""
+    if vectors is None:
+        return None
+    if vectors.array.shape != (model.n_layer, model.d_model):
+        raise InputError(
+            f"the steering vectors have shape {vectors.array.shape}; this base has ({model.n_layer}, {model.d_model})"
+        )
+    return None if vectors.is_zero else vectors
+
+
+def context_length(model: NativeModel, config: RuntimeConfig) -> int:
+    """The context in effect: never more than the model was trained on."""
+    return min(config.n_ctx, model.n_ctx_train or config.n_ctx)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two arrays share from the start."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
