@@ -245,7 +245,9 @@ def _worse_than_active(
 
     if profile not in store.names() or store.active_version(profile) is None:
         return None
-    usable = store.load_usable(profile, expect={"base_hash": base.hash, "pack_hash": pack.hash})
+    usable = store.load_usable(profile, expect={"base_hash": base.hash})
+    if usable.manifest.get("pack_hash") != pack.hash:
+        return None  # imported vectors, or latents of another pack: nothing to compare with
     seen = len(logged) - max(0, total - int(usable.manifest.get("logged", 0)))
     old, now = build(logged[: max(0, seen)]), build(logged)
     known: set[PreferencePair | Rating] = {*old.pairs, *old.ratings}

@@ -121,6 +121,7 @@ edge_align_export
 edge_align_export.linear
 edge_align_export.card
 edge_align_export.metric
+edge_align_export.passes
 edge_align_export.texts
 edge_align_export.pack
 edge_align_export.room

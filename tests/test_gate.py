@@ -55,7 +55,7 @@ def test_a_taste_passes_in_pairs_ratings_and_both(pairs, ratings):
     found = judged(feedback(pairs=pairs, ratings=ratings, taste=direction()))
     assert found.passes and found.p == 1 / 100  # nothing among 99 permutations comes near
     assert found.n == pairs + ratings
-    assert found.accuracy > 0.75 and found.ci_low < found.accuracy < found.ci_high
+    assert found.accuracy > 0.7 and found.ci_low < found.accuracy < found.ci_high
     assert found.z > 2.3 and found.more_rows() is not None
 
 

@@ -179,7 +179,7 @@ class TestTheFit:
             fit(contrasts, flipped, config=CONFIG), -fit(contrasts, people, config=CONFIG), atol=1e-6
         )
         swapped = replace(people, chosen=people.rejected, rejected=people.chosen)  # with draws of its own
-        assert cosine(fitted(swapped), fitted(people)) < -0.97
+        assert cosine(fitted(swapped), fitted(people)) < -0.95
 
     @pytest.mark.parametrize(("pairs", "ratings"), [(0, 0), (60, 0), (0, 60), (40, 40)])
     def test_works_from_pairs_ratings_both_or_neither(self, pairs, ratings):

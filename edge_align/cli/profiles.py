@@ -18,6 +18,7 @@ from edge_align.cli.options import (
     threads_option,
 )
 from edge_align.cli.output import emit_json, plural, say, show_facts, show_table, size, stages, write
+from edge_align.cli.report import manifest_accuracy, value_in_words
 from edge_align.config import default, PersonalizeConfig, RuntimeConfig
 from edge_align.errors import EdgeAlignError, InputError
 from edge_align.profiles import ProfileStore, Version
@@ -132,7 +133,7 @@ def show(app: App, name: str | None, version: int | None) -> None:
     if number is not None:
         facts.append(("Size", size(store.size_bytes(name, number))))
     hidden = ("schema", "kind", "checksum", "tensors", "tensors_sha256")
-    facts += [(key, _value(value)) for key, value in manifest.items() if key not in hidden]
+    facts += [(key, value_in_words(value)) for key, value in manifest.items() if key not in hidden]
     show_facts(facts)
 
 
@@ -181,7 +182,7 @@ def history(app: App, name: str | None) -> None:
             "active" if one.active else "",
             str(one.manifest.get("created", "")),
             size(one.size_bytes),
-            one.damage or _accuracy(one.manifest),
+            one.damage or manifest_accuracy(one.manifest),
         )
         for one in versions
     ]
@@ -387,18 +388,3 @@ def _version(version: Version) -> dict[str, Any]:
         "damage": version.damage,
         "manifest": version.manifest,
     }
-
-
-def _accuracy(manifest: dict[str, Any]) -> str:
-    heldout = manifest.get("heldout")
-    if not isinstance(heldout, dict) or "accuracy" not in heldout:
-        return ""
-    return f"{100 * heldout['accuracy']:.0f} % of {heldout.get('n', 0):,}"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(item)}" for key, item in value.items()) or "none"
-    return str(value)

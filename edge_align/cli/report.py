@@ -102,3 +102,20 @@ def summary(report: Report) -> str:
     if report["activated"]:
         return f"Learnt {profile_in_words(report)}; it {accuracy_in_words(report['heldout'])}."
     return f"Not switched on: {report['reason'] or profile_in_words(report)}."
+
+
+def manifest_accuracy(manifest: Mapping[str, Any]) -> str:
+    """Held-out accuracy as a version's manifest has it."""
+    heldout = manifest.get("heldout")
+    if not isinstance(heldout, dict) or "accuracy" not in heldout:
+        return ""
+    return f"{100 * heldout['accuracy']:.0f} % of {heldout.get('n', 0):,}"
+
+
+def value_in_words(value: object) -> str:
+    """A value of a manifest."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {value_in_words(item)}" for key, item in value.items()) or "none"
+    return str(value)

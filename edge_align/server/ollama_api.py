@@ -28,7 +28,8 @@ OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "se
 OPTIONS |= {"presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty"}
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
+@router.head("/", include_in_schema=False)
 async def alive() -> Response:
     return PlainTextResponse("Ollama is running")
 

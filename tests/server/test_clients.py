@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import ollama
+import openai
 import pytest
 from live_server import bearer, fake_engine, key_of, keys_of, Live, MODEL, QUESTION, serving, SlowBackend, until
 
 from edge_align.config import RuntimeConfig, ServerConfig
 from edge_align.home import Home
 
-openai = pytest.importorskip("openai", reason="the SDK comes with the extra default-base")
-ollama = pytest.importorskip("ollama", reason="install the extra clients")
+# some of these clients leave their last socket to the garbage collector, in whichever test it runs
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")

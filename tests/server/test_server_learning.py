@@ -1,5 +1,6 @@
 """Learning while serving: on the default base, with a tiny pack."""
 
+import json
 import threading
 
 import numpy as np
@@ -59,11 +60,15 @@ def test_a_refit_that_predicts_new_verdicts_worse_than_the_active_version_is_not
     assert personalize(home=toy_home, sources=[Source("clear", clear)], runtime=ONE).activated
     with FeedbackLog(toy_home) as log:
         log.forget("default", everything=True)
-    noise = write(tmp_path / "noise.jsonl", TOPICS[:24], shuffled=1)
+    against = [verdict(topic) for topic in TOPICS[:24]]
+    for row in against:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    noise = tmp_path / "against.jsonl"
+    noise.write_text("".join(json.dumps(row) + "\n" for row in against))
     new = write(tmp_path / "new.jsonl", TOPICS[24:32])
     report = personalize(
         home=toy_home,
-        sources=[Source("noise", noise), Source("new", new)],
+        sources=[Source("against", noise), Source("new", new)],
         runtime=ONE,
         config=PersonalizeConfig(no_worse=True),
     )
