@@ -62,9 +62,9 @@ def command(
     model: str | None,
     runtime: RuntimeConfig,
 ) -> None:
-    """Serve the base and its profiles to the programs on this machine, over OpenAI's API and Ollama's.
+    """Answer desktop assistants, and learn from their thumbs.
 
-    Verdicts that are sent to /v1/feedback are learnt from while it runs. Ends with Ctrl-C; docs/server.md has the
+    Serves the base and its profiles to the programs on this machine, over OpenAI's API and Ollama's. Verdicts that are sent to /v1/feedback are learnt from while it runs. Ends with Ctrl-C; docs/server.md has the
     routes.
     """
     if profile is not None and no_profile:
