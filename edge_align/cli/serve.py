@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Answer desktop assistants, and learn from their thumbs.
 
-    Serves the base and its profiles to the programs on this machine, over OpenAI's API and Ollama's. Verdicts that are sent to /v1/feedback are learnt from while it runs. Ends with Ctrl-C; docs/server.md has the
-    routes.
+    Serves the base and its profiles to the programs on this machine, over OpenAI's API and Ollama's. Verdicts that are
+    sent to /v1/feedback are learnt from while it runs. Ends with Ctrl-C; docs/server.md has the routes.
     """
     if profile is not None and no_profile:
         raise InputError("--no-profile cannot be combined with --profile; drop one of them")
