@@ -30,6 +30,7 @@ APP_ORIGINS = re.compile(r"(app|tauri|vscode-webview|vscode-file|capacitor|file)
 LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\]|tauri\.localhost)(:[0-9]{1,5})?")
 ROUTE = re.compile(r"/(?:api|v1)(?:/[a-z_]{1,20}){0,2}|/[a-z]{0,12}")  # what of a path may stand in a log
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+DRAIN_SEC, DRAIN_BODIES = 1.0, 8  # how long, and how many times the largest body, a refused body is read and dropped
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 
@@ -51,7 +52,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
+        started, status, heard, ended = time.perf_counter(), 0, False, False
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         path, origin = scope["path"], headers.get("origin")
         allowed = origin is not None and self._origin_allowed(origin)
@@ -64,6 +65,12 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
+        async def hear() -> MutableMapping[str, Any]:
+            nonlocal heard, ended
+            message = await receive()
+            heard, ended = True, message["type"] == "http.disconnect" or not message.get("more_body")
+            return message
+
         try:
             self._check_source(headers, origin, allowed)
             if scope["method"] == "OPTIONS":
@@ -72,16 +79,31 @@ class Guard:
             else:
                 state = scope.setdefault("state", {})
                 state["caller"] = self._authenticate(path, headers)
-                state["body"] = await self._body(scope, headers, receive)
+                state["body"] = await self._body(scope, headers, hear)
                 await self._app(scope, receive, answer)
         except Exception as error:
             refusal = from_error(error)
             if status:  # too late for another status: the connection ends in the middle
                 raise _Broken from None
+            if not ended and (heard or "expect" not in headers):  # who asks first sends no body after a refusal
+                await self._drain(hear)
             await respond(answer, refusal.status, refusal.body(ollama=is_ollama(path)), refusal.headers)
         finally:
             route = match[0] if (match := ROUTE.match(path)) else "?"
             log.info("%s %s %d %.0f ms", scope["method"][:8], route, status, 1e3 * (time.perf_counter() - started))
+
+    async def _drain(self, hear: Receive) -> None:
+        """Read on for a moment, and drop it: closing on unread data resets the connection, and the answer with it."""
+        left = DRAIN_BODIES * self._config.body_bytes
+        try:
+            async with asyncio.timeout(DRAIN_SEC):
+                while left > 0:
+                    message = await hear()
+                    left -= len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        return
+        except TimeoutError:
+            pass
 
     def _check_source(self, headers: dict[str, str], origin: str | None, allowed: bool) -> None:
         """The names by which web pages reach a server that is not theirs: a foreign Host, a foreign Origin."""

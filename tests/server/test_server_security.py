@@ -9,6 +9,7 @@ import socket
 import stat
 import time
 
+import openai
 import pytest
 from click.testing import CliRunner
 from live_server import bearer, fake_engine, keys_of, Live, MODEL, QUESTION, serving
@@ -345,6 +346,16 @@ def test_nothing_unexpected_is_told_to_the_client(tmp_path):
             reply = live.chat(steering={"profile": "ann"}, stream=stream)
             assert reply.status == 500 and SECRET.encode() not in reply.data and b"secret" not in reply.data
         assert live.chat().status == 200
+
+
+def test_who_sends_the_whole_of_a_refused_body_first_still_hears_the_refusal(tmp_path):
+    """Closing on bytes that nobody read resets the connection: two clients in five never saw the answer."""
+    with serving(Home(tmp_path / "home"), open_engine=fake_engine(), config=ServerConfig(body_bytes=1 << 20)) as live:
+        for _ in range(30):
+            with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+                with pytest.raises(openai.APIStatusError) as refused:
+                    client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x" * (3 << 20)}])
+            assert refused.value.status_code == 413
 
 
 def test_no_route_takes_a_path_or_an_address(fake):
