@@ -20,9 +20,6 @@ from live_server import bearer, fake_engine, key_of, keys_of, Live, MODEL, QUEST
 from edge_align.config import RuntimeConfig, ServerConfig
 from edge_align.home import Home
 
-# some of these clients leave their last socket to the garbage collector, in whichever test it runs
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 @pytest.fixture(scope="module")
 def real(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
@@ -180,34 +177,33 @@ def test_openai_selects_profiles_through_extra_body_and_headers(fake):
 
 # -- ollama ------------------------------------------------------------------------------------------------------------
 def test_ollamas_client_lists_shows_chats_generates_and_embeds(real):
-    client = ollama.Client(host=real.url, headers=bearer("ann"))
-    assert [one.model for one in client.list().models] == [f"{MODEL}:latest"]
-    assert client.show(MODEL).capabilities == ["completion"]
-    options = {"temperature": 0, "num_predict": 6}
-    whole = client.chat(model=MODEL, messages=QUESTION, options=options)
-    assert whole.done and whole.eval_count == 6
-    parts = list(client.chat(model=MODEL, messages=QUESTION, options=options, stream=True))
-    assert "".join(part.message.content for part in parts) == whole.message.content
-    text = client.generate(model=MODEL, prompt=QUESTION[0]["content"], options=options).response
-    assert text == whole.message.content
-    assert len(client.embed(model=MODEL, input=["a cat"]).embeddings[0]) == 576
-    shaped = client.chat(
-        model=MODEL,
-        messages=QUESTION,
-        format={"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]},
-        options={"seed": 1, "num_predict": 40},
-    )
-    assert isinstance(json.loads(shaped.message.content)["ok"], bool)
-    with pytest.raises(ollama.ResponseError) as missing:
-        client.chat(model="llama3", messages=QUESTION)
-    assert missing.value.status_code == 404
+    with ollama.Client(host=real.url, headers=bearer("ann")) as client:
+        assert [one.model for one in client.list().models] == [f"{MODEL}:latest"]
+        assert client.show(MODEL).capabilities == ["completion"]
+        options = {"temperature": 0, "num_predict": 6}
+        whole = client.chat(model=MODEL, messages=QUESTION, options=options)
+        assert whole.done and whole.eval_count == 6
+        parts = list(client.chat(model=MODEL, messages=QUESTION, options=options, stream=True))
+        assert "".join(part.message.content for part in parts) == whole.message.content
+        text = client.generate(model=MODEL, prompt=QUESTION[0]["content"], options=options).response
+        assert text == whole.message.content
+        assert len(client.embed(model=MODEL, input=["a cat"]).embeddings[0]) == 576
+        shaped = client.chat(
+            model=MODEL,
+            messages=QUESTION,
+            format={"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]},
+            options={"seed": 1, "num_predict": 40},
+        )
+        assert isinstance(json.loads(shaped.message.content)["ok"], bool)
+        with pytest.raises(ollama.ResponseError) as missing:
+            client.chat(model="llama3", messages=QUESTION)
+        assert missing.value.status_code == 404
 
 
 # -- llm ---------------------------------------------------------------------------------------------------------------
 def test_llm_answers_streams_and_fits_a_schema(real, tmp_path):
     program = Path(sys.executable).parent / "llm"
-    if not program.exists():
-        pytest.skip("llm is not installed; it comes with the extra default-base")
+    assert program.exists(), "llm comes with the extra default-base"
     (tmp_path / "extra-openai-models.yaml").write_text(
         f"- model_id: edge\n  model_name: {MODEL}\n  api_base: {real.url}/v1\n"
         "  api_key_name: edge\n  supports_schema: true\n"
