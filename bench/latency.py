@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,14 +84,7 @@ def decoding(bench: Bench, vectors: SteeringVectors) -> dict[str, Any]:
         "base": lambda: ours(None),
         "steered": lambda: ours(vectors),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in arms}
-    with progress("decoding", args.runs) as tell:
-        for i in range(args.runs + 1):  # the first round is a warm-up
-            for name in list(arms)[:: 1 if i % 2 else -1]:
-                speed = arms[name]()
-                if i:
-                    speeds[name].append(speed)
-            tell(i)
+    speeds = interleaved(arms, args.runs)
     context.close()
     return {
         "tokens_per_sec": {name: median(values) for name, values in speeds.items()},
@@ -122,6 +116,19 @@ def bare(context: NativeContext, prompt: list[int], sampling: SamplingConfig) ->
     seconds = time.perf_counter() - start
     sampler.close()
     return max(1, count - 1) / seconds
+
+
+def interleaved(arms: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
+    """What each arm returns over `runs` rounds, in alternating order; a first round is a warm-up and not kept."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    with progress("decoding", runs) as tell:
+        for i in range(runs + 1):
+            for name in list(arms)[:: 1 if i % 2 else -1]:
+                value = arms[name]()
+                if i:
+                    found[name].append(value)
+            tell(i)
+    return found
 
 
 def ratio(a: list[float], b: list[float]) -> dict[str, float]:

@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Bench, console, main, parser, progress
-from latency import profile_latent, PROMPT, ratio
+from common import Bench, console, main, parser
+from latency import interleaved, profile_latent, PROMPT, ratio
 
 from edge_align.config import SamplingConfig
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
@@ -42,14 +42,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "onnx_batch": lambda: batch(onnx, prompt, None, args.tokens),
             "onnx_batch_steered": lambda: batch(onnx, prompt, vectors, args.tokens),
         }
-        speeds: dict[str, list[float]] = {name: [] for name in arms}
-        with progress("decoding", args.runs) as tell:
-            for i in range(args.runs + 1):  # the first round is a warm-up
-                for name in list(arms)[:: 1 if i % 2 else -1]:
-                    speed = arms[name]()
-                    if i:
-                        speeds[name].append(speed)
-                tell(i)
+        speeds = interleaved(arms, args.runs)
         precision = onnx._model.precision
     found = {
         "precision": precision,

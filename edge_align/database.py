@@ -7,7 +7,8 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from edge_align.errors import CorruptArtefact, InputError, SessionClosed, StorageError, UnsupportedVersion
 from edge_align.files import make_private_dir, shown, storage_errors
@@ -180,3 +181,21 @@ class Database:
             raise StorageError(f"{shown(self._path)}: {remedy}; what was stored before is kept") from error
         except (OverflowError, UnicodeEncodeError) as error:
             raise InputError(f"a number or text is out of the range that the {self._what} can hold") from error
+
+
+class DatabaseOwner:
+    """What keeps its rows in one Database, `_db`; a context manager that closes it."""
+
+    _db: Database
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Safe to call again."""
+        self._db.close()

@@ -11,10 +11,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, UTC
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from edge_align.database import Database
+from edge_align.database import Database, DatabaseOwner
 from edge_align.errors import EdgeAlignError, InputError
 from edge_align.files import check_name
 from edge_align.home import Home
@@ -80,7 +79,7 @@ class LogStats:
     last_added: str | None
 
 
-class FeedbackLog:
+class FeedbackLog(DatabaseOwner):
     """The feedback log of a home folder. Has one owner, one thread at a time; other processes may use it as well.
 
     Reading never creates the file. Every method raises CorruptArtefact when the file is damaged, UnsupportedVersion
@@ -96,18 +95,6 @@ class FeedbackLog:
             migrations=MIGRATIONS,
             setup_lock=lambda: home.write_lock("feedback"),
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file. Safe to call again."""
-        self._db.close()
 
     def append(self, profile: str, rows: Iterable[FeedbackRow]) -> Appended:
         """Add the rows that the profile does not have yet, in order; consumed in batches, one transaction each.

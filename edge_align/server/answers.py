@@ -7,10 +7,9 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from edge_align.database import Database
+from edge_align.database import Database, DatabaseOwner
 from edge_align.errors import InputError
 from edge_align.home import Home
 from edge_align.records import Message, Prompt
@@ -48,7 +47,7 @@ class Answer:
     added: float = 0.0
 
 
-class AnswerStore:
+class AnswerStore(DatabaseOwner):
     """The answers of a home folder. One owner, one thread at a time. Raises as `Database` does."""
 
     def __init__(self, home: Home, *, keep_days: int) -> None:
@@ -60,18 +59,6 @@ class AnswerStore:
             migrations=MIGRATIONS,
             setup_lock=lambda: home.write_lock("answers"),
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Safe to call again."""
-        self._db.close()
 
     def add(self, answers: Sequence[Answer], *, now: float | None = None) -> None:
         """Keep answers, and drop those that are too old once an hour."""

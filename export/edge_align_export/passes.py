@@ -53,9 +53,8 @@ class TorchPasses:
     def __init__(self, base: BaseModel) -> None:
         import torch
 
-        from edge_align.runtime.torch_ref import LlamaReference, read_shape
+        from edge_align.runtime.torch_ref import LlamaReference
 
-        read_shape(base.header)
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise BackendUnavailable("this processor has no bfloat16 instructions")
         end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
