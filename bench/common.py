@@ -459,17 +459,6 @@ def encode_answers(bench: Bench, questions: Sequence[str], answers: Sequence[Seq
         return Encoded({item: i for i, item in enumerate(items)}, kept["latents"], kept["features"], kept["groups"])
 
 
-# -- statistics ----------------------------------------------------------------------------------------------------
-def interval(
-    values: Sequence[float] | np.ndarray, *, seed: int = 0, draws: int = 2000, statistic: Any = np.median
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a statistic (a function with `axis`) of the values."""
-    array = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(array), size=(draws, len(array)))
-    low, high = np.quantile(statistic(array[picks], axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """(seconds, what `work` returned)."""
     start = time.perf_counter()

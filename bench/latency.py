@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Bench, console, interval, main, parser, progress, ROOT
+from common import Bench, console, main, parser, progress, ROOT
 
 from edge_align.config import SamplingConfig
 from edge_align.encoder import PreferenceEncoder
@@ -30,8 +31,8 @@ from edge_align.home import Home
 from edge_align.profiles import ProfileStore
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
 from edge_align.runtime.llama_native import NativeContext, Sampler
+from edge_align.speed import first_token, interleaved, interval, paired_ratio, PROMPT
 
-PROMPT = "Write a long and detailed essay about the history of bread."
 TTFT_LENGTHS = (32, 64, 128, 256, 512, 1024)
 DRIVER = """
 import atexit, json, re, sys
@@ -55,7 +56,8 @@ def run(bench: Bench) -> dict[str, Any]:
     vectors = bench.pack.decode(z)
     found = {"tokens": args.tokens, "runs": args.runs, **decoding(bench, vectors)}
     found["switch"] = switching(bench, vectors)
-    found["ttft"] = first_token(bench, vectors, TTFT_LENGTHS[:2] if args.quick else TTFT_LENGTHS)
+    lengths = TTFT_LENGTHS[:2] if args.quick else TTFT_LENGTHS
+    found["ttft"] = [asdict(first_token(bench.backend, vectors, n, runs=args.ttft_runs)) for n in lengths]
     found["memory"] = memory(bench, z)
     for name in ("steered_over_base", "ours_over_bare", "switch", "memory"):
         console.print(name, found[name])
@@ -84,12 +86,12 @@ def decoding(bench: Bench, vectors: SteeringVectors) -> dict[str, Any]:
         "base": lambda: ours(None),
         "steered": lambda: ours(vectors),
     }
-    speeds = interleaved(arms, args.runs)
+    speeds = rounds(arms, args.runs)
     context.close()
     return {
         "tokens_per_sec": {name: median(values) for name, values in speeds.items()},
-        "steered_over_base": ratio(speeds["steered"], speeds["base"]),
-        "ours_over_bare": ratio(speeds["base"], speeds["bare"]),
+        "steered_over_base": asdict(paired_ratio(speeds["steered"], speeds["base"])),
+        "ours_over_bare": asdict(paired_ratio(speeds["base"], speeds["bare"])),
     }
 
 
@@ -118,24 +120,10 @@ def bare(context: NativeContext, prompt: list[int], sampling: SamplingConfig) ->
     return max(1, count - 1) / seconds
 
 
-def interleaved(arms: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """What each arm returns over `runs` rounds, in alternating order; a first round is a warm-up and not kept."""
-    found: dict[str, list[float]] = {name: [] for name in arms}
-    with progress("decoding", runs) as tell:
-        for i in range(runs + 1):
-            for name in list(arms)[:: 1 if i % 2 else -1]:
-                value = arms[name]()
-                if i:
-                    found[name].append(value)
-            tell(i)
-    return found
-
-
-def ratio(a: list[float], b: list[float]) -> dict[str, float]:
-    """Median of a / b over paired runs, with its 95 % bootstrap interval."""
-    ratios = np.array(a) / np.array(b)
-    low, high = interval(ratios)
-    return {"median": float(np.median(ratios)), "ci_low": low, "ci_high": high}
+def rounds(arms: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
+    """`speed.interleaved` with a bar."""
+    with progress("decoding", 100) as tell:
+        return interleaved(arms, runs, tell=lambda done: tell(round(100 * done)))
 
 
 # -- switching profiles --------------------------------------------------------------------------------------------
@@ -173,30 +161,6 @@ def switching(bench: Bench, vectors: SteeringVectors) -> dict[str, float]:
         "total_ms": float(np.median(total)),
         "total_ms_ci": [low, high],
     }
-
-
-# -- time to first token -------------------------------------------------------------------------------------------
-def first_token(bench: Bench, vectors: SteeringVectors, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Seconds from the call to the first token of prompts that share nothing with what is cached."""
-    backend, rng = bench.backend, np.random.default_rng(0)
-    sampling = SamplingConfig(max_tokens=1, temperature=0.0)
-    rows = []
-    for length in lengths:
-        seconds: dict[str, list[float]] = {"base": [], "personal": []}
-        for i in range(bench.args.ttft_runs):
-            for name, steered in (("base", None), ("personal", vectors))[:: 1 if i % 2 else -1]:
-                prompt = rng.integers(1000, 40000, length).tolist()
-                chunks = list(backend.generate(prompt, vectors=steered, sampling=sampling))
-                seconds[name].append(chunks[-1].stats.ttft_sec)
-        rows.append(
-            {
-                "prompt_tokens": length,
-                "base_sec": median(seconds["base"]),
-                "personal_sec": median(seconds["personal"]),
-                "ratio": ratio(seconds["personal"], seconds["base"]),
-            }
-        )
-    return rows
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

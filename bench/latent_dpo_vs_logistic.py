@@ -17,7 +17,6 @@ from common import (
     count_pairs,
     encode_answers,
     Encoded,
-    interval,
     main,
     parser,
     progress,
@@ -28,6 +27,7 @@ from rich.table import Table
 
 from edge_align.latent_dpo import draw_contrasts, fit, LatentDPOConfig, LatentFeedback
 from edge_align.simulation.users import MORE_USERS, User, USERS
+from edge_align.speed import interval
 
 L2 = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from common import Bench, console, main, parser
-from latency import interleaved, profile_latent, PROMPT, ratio
+from latency import profile_latent, rounds
 
 from edge_align.config import SamplingConfig
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
 from edge_align.runtime.base import Backend
 from edge_align.runtime.onnx import OnnxBackend
+from edge_align.speed import paired_ratio, PROMPT
 
 ROWS = 8
 
@@ -42,7 +44,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "onnx_batch": lambda: batch(onnx, prompt, None, args.tokens),
             "onnx_batch_steered": lambda: batch(onnx, prompt, vectors, args.tokens),
         }
-        speeds = interleaved(arms, args.runs)
+        speeds = rounds(arms, args.runs)
         precision = onnx._model.precision
     found = {
         "precision": precision,
@@ -50,9 +52,9 @@ def run(bench: Bench) -> dict[str, Any]:
         "runs": args.runs,
         "batch_rows": ROWS,
         "tokens_per_sec": {name: median(values) for name, values in speeds.items()},
-        "onnx_over_llamacpp": ratio(speeds["onnx"], speeds["llamacpp"]),
-        "steered_over_base": ratio(speeds["onnx_steered"], speeds["onnx"]),
-        "batch_steered_over_base": ratio(speeds["onnx_batch_steered"], speeds["onnx_batch"]),
+        "onnx_over_llamacpp": asdict(paired_ratio(speeds["onnx"], speeds["llamacpp"])),
+        "steered_over_base": asdict(paired_ratio(speeds["onnx_steered"], speeds["onnx"])),
+        "batch_steered_over_base": asdict(paired_ratio(speeds["onnx_batch_steered"], speeds["onnx_batch"])),
     }
     for name, value in found.items():
         console.print(name, value)

@@ -83,6 +83,7 @@ edge_align.runtime.activations
 edge_align.runtime.torch_rows
 edge_align.runtime.torch_ref
 edge_align.installed
+edge_align.speed
 edge_align.kl
 edge_align.exchange
 edge_align.engines
@@ -154,6 +155,7 @@ edge_align.cli.feedback
 edge_align.cli.profiles
 edge_align.cli.models
 edge_align.cli.eval
+edge_align.cli.bench
 edge_align.cli.export
 edge_align.cli.doctor
 edge_align.cli.main

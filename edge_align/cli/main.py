@@ -24,6 +24,7 @@ COMMANDS = {
     "profiles": "List, choose, undo, share and remove profiles.",
     "models": "Show, add and remove the base models that can be personalised.",
     "eval": "Test a profile on feedback it never saw.",
+    "bench": "Measure this machine: speed with a profile and without, and the time learning takes.",
     "export": "Prepare a base model for personalisation.",
     "doctor": "Check the installation, the base and the profile.",
 }

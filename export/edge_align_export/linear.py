@@ -2,9 +2,9 @@
 
 Answers of the base to one prompt differ in style and in content; their deep activations, centred within the prompt,
 are regressed on the encoder's features, and the k directions of the fitted values that matter most become the latents
-(reduced-rank regression, Izenman 1975). They are turned and scaled so that a latent's variance is what of it persists
-from the first half of an answer to the second: that is style, what a person can have a taste for, and Latent DPO, whose
-prior is the same along every latent, looks there first (docs/decisions/0004). Pure numpy, no model.
+(reduced-rank regression, Izenman 1975). Latent DPO's prior is the same along every latent, so their scale says where it
+looks first: the square root of how far the base's own answers spread along them (docs/decisions/0004). Pure numpy, no
+model.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import numpy as np
 
 VARIANCE_FLOOR = 0.05
 """Of a latent's posterior, relative to the latent's own. A sharper posterior would be overconfident."""
-
-PERSISTENCE_FLOOR = 0.05
-"""Of a latent's variance, relative to the mean over latents: nothing is ruled out as a taste."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,13 @@ class LinearPack:
     variance: np.ndarray
     decoder: np.ndarray
     r2: float  # held-out R2 of the deep latents given the features
-    persistence: np.ndarray  # (k,) covariance of a whitened latent between the halves of an answer, largest first
+    spread: np.ndarray  # (k,) standard deviation of a latent over the base's answers to one prompt, largest first
     latents: np.ndarray  # (n, k) of the answers it was made from, centred within their prompt
 
 
 def solve(
     *,
     features: np.ndarray,
-    halves: tuple[np.ndarray, np.ndarray],
     deep: np.ndarray,
     groups: np.ndarray,
     prompt_features: np.ndarray,
@@ -48,9 +44,10 @@ def solve(
     ridge: float,
     inputs: int,
 ) -> LinearPack:
-    """features (n, f) of the answers, and of their first and second halves; deep (n, len(layers), d) mean hidden states
-    of `layers`; groups (n,) index of the prompt in prompt_features (n_prompt, p). `ridge` is relative to unit-variance
-    features; `inputs`: size of the prompt head."""
+    """features (n, f) of the answers; deep (n, len(layers), d) mean hidden states of `layers`; groups (n,) index of the
+    prompt in prompt_features (n_prompt, p). `ridge` is relative to unit-variance features; `inputs`: size of the
+    prompt head.
+    """
     n, _, width = deep.shape
     mean = features.mean(0)
     f = within(features, groups)
@@ -62,24 +59,20 @@ def solve(
     basis, _ = np.linalg.qr(fitted.T @ vectors[:, ::-1][:, :k])
     deep_latent = target @ basis
     readout = ridge_regression(f, deep_latent, ridge)
-    z = f @ readout
-    values, rotation = np.linalg.eigh(z.T @ z / n)
-    order = np.argsort(values)[::-1]
-    whiten = rotation[:, order] / np.sqrt(np.maximum(values[order], 1e-8 * values.max()))
-    persistence, axes, spread = persistent(readout @ whiten, halves, groups)
-    turn = whiten @ axes
-    readout, deep_latent = readout @ turn, deep_latent @ turn
-    z = f @ readout  # identity covariance
+    z = f @ readout  # uncorrelated: the fitted values along their own principal axes
+    natural = np.sqrt((z**2).mean(0)) + 1e-12
+    factor = natural**-0.5 / np.sqrt(
+        natural.mean()
+    )  # variances end as natural / mean: their own is too steep, 1 too flat
+    readout, z, deep_latent = readout * factor, z * factor, deep_latent * factor
     decoder = np.zeros((k, n_layer, width), np.float32)
     decoder[:, list(layers)] = np.einsum("nk,nld->kld", z, d) / n
-    decoder *= spread[:, None, None]
     decoder[:, 0] = 0.0
 
     test = groups % 5 == 0
     partial = ridge_regression(f[~test], deep_latent[~test], ridge)
     error = (deep_latent[test] - f[test] @ partial) ** 2
-    variance = np.maximum(error.mean(0), VARIANCE_FLOOR) * spread**2
-    readout, z = readout * spread, z * spread
+    variance = np.maximum(error.mean(0), VARIANCE_FLOOR * (z**2).mean(0))
 
     described = np.concatenate([prompt_features, np.ones((len(prompt_features), 1), np.float32)], 1)
     raw = (features - mean) @ readout
@@ -93,25 +86,9 @@ def solve(
         variance=variance.astype(np.float32),
         decoder=decoder,
         r2=float(1 - error.sum() / (deep_latent[test] ** 2).sum()),
-        persistence=persistence.astype(np.float32),
+        spread=(natural * factor).astype(np.float32),
         latents=z.astype(np.float32),
     )
-
-
-def persistent(
-    readout: np.ndarray, halves: tuple[np.ndarray, np.ndarray], groups: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latents by how alike the halves of an answer are: covariances (k,), largest first; axes (k, k); their scale (k,).
-
-    readout (f, k) reads latents of identity covariance.
-    """
-    first, second = (within(half, groups) @ readout for half in halves)
-    shared = first.T @ second / len(first)
-    values, axes = np.linalg.eigh((shared + shared.T) / 2)
-    values, axes = values[::-1], axes[:, ::-1]
-    mean = np.maximum(values, 0.0).mean()
-    spread = np.sqrt(np.maximum(values / mean, PERSISTENCE_FLOOR)) if mean > 0 else np.ones_like(values)
-    return values, axes, spread / np.sqrt((spread**2).mean())
 
 
 def within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

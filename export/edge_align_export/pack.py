@@ -221,14 +221,10 @@ def _solve(
     tell: Callable[[float], None],
 ) -> LinearPack:
     encoder = open_encoder(base.path)
-    middle = [len(tokens) // 2 for tokens in answers.completions]
-    each = list(zip(answers.completions, middle, strict=True))
     features = encoder.encode(answers.completions)
-    halves = encoder.encode([t[:m] for t, m in each]), encoder.encode([t[m:] for t, m in each])
     described = prompt_features(GGUFTensors(base.path), [backend.tokenize(text) for text in answers.questions])
     linear = solve(
         features=features,
-        halves=halves,
         deep=deep,
         groups=answers.groups,
         prompt_features=described,

@@ -62,7 +62,9 @@ class TorchPasses:
         if not isinstance(end, int):
             raise BackendUnavailable(f"{base.path} does not say which token ends a text")
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.reason = f"PyTorch in {'bfloat16' if fast else 'float32'}: it decodes many rows at once faster than llama.cpp"
+        self.reason = (
+            f"PyTorch in {'bfloat16' if fast else 'float32'}: it decodes many rows at once faster than llama.cpp"
+        )
         self._model, self._eos = LlamaReference(base.path, dtype=torch.bfloat16 if fast else torch.float32), end
 
     def sample(

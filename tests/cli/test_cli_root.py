@@ -33,7 +33,7 @@ def commands() -> Iterator[tuple[tuple[str, ...], click.Command]]:
 LEAVES = [path for path, command in commands() if not isinstance(command, click.Group)]
 ISSUE = """personalize generate chat compare serve eval doctor feedback import|add|list|stats|validate|export|forget
     profiles list|show|use|history|undo|rename|rm|export|import models list|show|add|rm
-    export pack|onnx|gguf|bundle|verify|control-vector"""
+    bench latency|personalize export pack|onnx|gguf|bundle|verify|control-vector"""
 
 
 def test_every_command_of_the_specification_is_there_and_no_other():
