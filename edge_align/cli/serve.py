@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -69,19 +70,22 @@ def command(
     """
     if profile is not None and no_profile:
         raise InputError("--no-profile cannot be combined with --profile; drop one of them")
+    from edge_align.bases import find_base
+    from edge_align.profiles import ProfileStore
+    from edge_align.server.engine import opener
+
+    home = app.home
+    find_base(model, home=home)  # a wrong --model is said at once
+    loading = ThreadPoolExecutor(1).submit(opener(home, model, runtime))  # while the rest is imported
     try:
         import uvicorn
 
         from edge_align.server.app import create_app, LOOPBACK
     except ImportError as error:
         raise BackendUnavailable(f'the server needs {error.name}; run: pip install "edge-align[serve]"') from None
-    from edge_align.bases import find_base
-    from edge_align.profiles import ProfileStore
     from edge_align.server.keys import Keys
     from edge_align.server.listen import listen, log_to_stderr
 
-    home = app.home
-    find_base(model, home=home)  # a wrong --model is said at once
     if profile is None and not no_profile:
         profile = ProfileStore(home).current()
     config = ServerConfig(
@@ -96,7 +100,7 @@ def command(
         hosts=hosts,
     )
     keys = Keys() if api_key_file is None else Keys.load(api_key_file)
-    served = create_app(home=home, model=model, config=config, runtime=runtime, keys=keys)
+    served = create_app(home=home, model=model, config=config, keys=keys, open_engine=loading.result)
     try:
         listener = listen(host, port)
     except OSError as error:

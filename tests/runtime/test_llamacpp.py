@@ -113,7 +113,6 @@ def test_answers_do_not_depend_on_what_the_cache_holds(backend: LlamaCppBackend,
         assert got.stats is not None
         reused.append(got.stats.cached_tokens)
     assert reused[1] == (len(prompts[0]) - 5) // PREFILL_CHUNK * PREFILL_CHUNK
-    assert backend.prefill(prompts[0]) == 0
 
 
 def test_an_answer_left_early_leaves_nothing_behind(
@@ -130,6 +129,29 @@ def test_an_answer_left_early_leaves_nothing_behind(
     with pytest.raises(BackendError, match="another answer"):
         next(abandoned)
     assert answer(backend, prompt).tokens == expected.tokens
+
+
+def test_others_can_answer_between_the_parts_of_a_long_prompt(backend: LlamaCppBackend, prompt: list[int]) -> None:
+    long = backend.render(user_prompt(LONG))[: 3 * PREFILL_CHUNK]
+    backend.forget_prompt()
+    expected, beside = answer(backend, long), answer(backend, prompt)
+    fork = backend.fork()
+    chunks = []
+    for chunk in fork.generate(long, vectors=None, sampling=GREEDY):
+        chunks.append(chunk)
+        if not chunk.tokens:
+            assert answer(backend, prompt).tokens == beside.tokens
+    assert [bool(chunk.tokens) for chunk in chunks[:4]] == [False, False, True, True]  # three parts, two ends between
+    assert join_chunks(chunks).tokens == expected.tokens
+    fork.forget_prompt()
+    left = fork.generate(long, vectors=None, sampling=GREEDY)
+    next(left)
+    assert len(fork.held) == PREFILL_CHUNK
+    assert answer(fork, long).tokens == expected.tokens  # goes on from the part that was read
+    with pytest.raises(BackendError, match="another answer"):
+        next(left)
+    assert answer(fork, long).tokens == expected.tokens
+    fork.close()
 
 
 def test_a_seed_fixes_the_answer(backend: LlamaCppBackend, prompt: list[int]) -> None:
