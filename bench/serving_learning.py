@@ -146,7 +146,7 @@ def one_person(bench: Bench, who: User) -> dict[str, Any]:
     cap = args.max_tokens if args.quick else max(args.max_tokens, who.max_tokens or 0)
     unseen = prompts("test")[: args.prompts]
     tests = [chat(question, tokens=cap, temperature=1.0, seed=i) for i, question in enumerate(unseen)]
-    training = iter(rng.sample(prompts("train"), len(prompts("train"))))
+    training = rng.sample(prompts("train"), len(prompts("train")))
     given, wrong, versions = 0, 0, []
     with fresh_home(bench) as home, edge_align(bench, home, "--profile", NAME) as server:
         server.ready()
@@ -158,8 +158,10 @@ def one_person(bench: Bench, who: User) -> dict[str, Any]:
 
         base = answers(steering={"enabled": False})
         with progress(who.name, args.verdicts) as tell:
-            while given < args.verdicts:
-                asked = chat(next(training), tokens=cap, temperature=1.0, seed=given, n=2)
+            for question in training:
+                if given >= args.verdicts:
+                    break
+                asked = chat(question, tokens=cap, temperature=1.0, seed=given, n=2)
                 status, told = server.ask("POST", "/v1/chat/completions", asked)
                 assert status == 200
                 texts = [choice["message"]["content"] for choice in told["choices"]]
