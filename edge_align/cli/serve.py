@@ -73,19 +73,11 @@ def command(
     from edge_align.bases import find_base
     from edge_align.profiles import ProfileStore
     from edge_align.server.engine import opener
+    from edge_align.server.keys import check_reach, Keys, LOOPBACK
+    from edge_align.server.listen import listen, log_to_stderr
 
     home = app.home
     find_base(model, home=home)  # a wrong --model is said at once
-    loading = ThreadPoolExecutor(1).submit(opener(home, model, runtime))  # while the rest is imported
-    try:
-        import uvicorn
-
-        from edge_align.server.app import create_app, LOOPBACK
-    except ImportError as error:
-        raise BackendUnavailable(f'the server needs {error.name}; run: pip install "edge-align[serve]"') from None
-    from edge_align.server.keys import Keys
-    from edge_align.server.listen import listen, log_to_stderr
-
     if profile is None and not no_profile:
         profile = ProfileStore(home).current()
     config = ServerConfig(
@@ -100,6 +92,15 @@ def command(
         hosts=hosts,
     )
     keys = Keys() if api_key_file is None else Keys.load(api_key_file)
+    check_reach(host, keys)
+    loading = ThreadPoolExecutor(1).submit(opener(home, model, runtime))  # while the rest is imported
+    try:
+        import uvicorn
+
+        from edge_align.server.app import create_app
+    except ImportError as error:
+        raise BackendUnavailable(f'the server needs {error.name}; run: pip install "edge-align[serve]"') from None
+
     served = create_app(home=home, model=model, config=config, keys=keys, open_engine=loading.result)
     try:
         listener = listen(host, port)
