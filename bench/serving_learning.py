@@ -20,6 +20,7 @@ from edge_align.simulation.users import bootstrap_interval, User, wins
 from edge_align.store import FeedbackLog
 
 NAME = "person"
+NEAR = 40  # answers around a swap that are each compared with their single run
 EXAMPLES = ROOT / "examples" / "feedback.jsonl"
 
 
@@ -42,18 +43,21 @@ def learning(bench: Bench) -> dict[str, Any]:
             before: list[float] = []
             during: list[float] = []
             told: list[tuple[Body, Reply]] = []
+            near: list[tuple[Body, Reply]] = []
             seconds, activated = [], 0
             for _ in range(args.refits):
                 with streaming(server, bodies, clients) as found:
                     time.sleep(args.window)
                     start = time.perf_counter()
                     activated += refit(server, home, next(shares))
-                    seconds.append(time.perf_counter() - start)
+                    swap = time.perf_counter()
                     time.sleep(args.window)  # the swap is what the next answers begin with
                     end = time.perf_counter()
                 before += gaps(found, end=start)
                 during += gaps(found, start=start, end=end)
+                seconds.append(swap - start)
                 told += found
+                near += nearest(found, swap)
             rows.append(
                 {
                     "streams": clients,
@@ -63,7 +67,8 @@ def learning(bench: Bench) -> dict[str, Any]:
                     "answers": len(told),
                     "errors": sum(not reply.ok for _, reply in told),
                     "versions": sorted({reply.about.get("version") for _, reply in told if reply.ok}),
-                    "mixed": mixed(server, home, told),
+                    "compared_with_alone": len(near),
+                    "mixed": mixed(server, home, near),
                     "gaps": {"before": len(before), "during": len(during)},
                     "p99_ms": {"before": 1e3 * p99(before), "during": 1e3 * p99(during)},
                     "p50_ms": {"before": 1e3 * median(before), "during": 1e3 * median(during)},
@@ -97,6 +102,15 @@ def gaps(found: Sequence[tuple[Body, Reply]], *, start: float = 0.0, end: float)
     ]
 
 
+def nearest(found: Sequence[tuple[Body, Reply]], moment: float) -> list[tuple[Body, Reply]]:
+    """Up to NEAR whole answers: those that ran at that moment, then those that ended before or began after it."""
+
+    def distance(one: tuple[Body, Reply]) -> float:
+        return max(0.0, one[1].start - moment, moment - one[1].end)
+
+    return sorted((one for one in found if one[1].ok), key=distance)[:NEAR]
+
+
 def p99(values: Sequence[float]) -> float:
     return float(np.quantile(values, 0.99))
 
@@ -110,13 +124,13 @@ def tail_ratio(a: Sequence[float], b: Sequence[float], *, draws: int = 500) -> d
 
 
 def mixed(server: Server, home: Home, told: Sequence[tuple[Body, Reply]]) -> int:
-    """How many of these answers are not, to the letter, what the version they name answers alone."""
+    """How many of these answers, whole ones, are not to the letter what the version they name answers alone."""
     store, different = ProfileStore(home), 0
     last = store.active_version(NAME)
-    for version in sorted({reply.about["version"] for _, reply in told if reply.ok and reply.about["version"]}):
+    for version in sorted({reply.about["version"] for _, reply in told}):
         store.activate(NAME, version)
         for body, reply in told:
-            if reply.ok and reply.about["version"] == version:
+            if reply.about["version"] == version:
                 alone = server.stream(body)
                 different += alone.text != reply.text or alone.about["version"] != version
     if last is not None:

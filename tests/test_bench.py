@@ -156,6 +156,16 @@ def test_gaps_are_those_between_neighbours_that_end_in_the_window(bench: dict[st
     assert gaps(found, start=6.5, end=9.0) == [3.0]
 
 
+def test_the_answers_nearest_to_a_swap_are_those_that_ran_then(
+    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, reply = bench["serving_learning"], bench["serving"].Reply
+    monkeypatch.setattr(module, "NEAR", 3)
+    spans = [(0.0, 3.0), (4.0, 6.0), (5.5, 8.0), (8.0, 9.0), (4.5, 5.5)]
+    found = [({}, reply(200, start, end, whole=end != 5.5)) for start, end in spans]
+    assert [(one.start, one.end) for _, one in module.nearest(found, 5.0)] == [(4.0, 6.0), (5.5, 8.0), (0.0, 3.0)]
+
+
 def test_a_tail_that_is_twice_as_long_has_the_ratio_two(bench: dict[str, ModuleType]) -> None:
     gaps = np.random.default_rng(0).exponential(size=4000)
     found = bench["serving_learning"].tail_ratio(2 * gaps, gaps, draws=50)

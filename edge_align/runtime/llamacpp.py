@@ -1,9 +1,9 @@
 """The llama.cpp engine: one context for streaming answers, another, on demand, for many rows at once.
 
-What an answer may depend on is settled by one rule. A prompt's cache is filled in chunks that begin at multiples of
-PREFILL_CHUNK, and what is reused of an earlier prompt ends at such a multiple, unless the prompt is the very same.
-Reuse at arbitrary positions is faster by half a chunk but changes the chunking, and with it the order of float
-operations: on the default base logits then move by up to 0.9. With the rule they are equal to the last bit.
+What an answer may depend on is settled by one rule. A prompt is read in parts that end after a turn, or after
+PREFILL_CHUNK tokens, and what is reused of an earlier prompt ends with such a part, unless the prompt is the very same.
+Reuse up to any token is faster by a part of a part, but changes the parts, and with them the order of float operations:
+on the default base logits then move by up to 0.9. With the rule they are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edge_align.records import (
     SteeringVectors,
 )
 from edge_align.runtime.base import Backend, BackendInfo
-from edge_align.runtime.llama_checks import check_tokens, check_vectors, common_prefix, context_length
+from edge_align.runtime.llama_checks import check_tokens, check_vectors, common_prefix, context_length, part_ends
 from edge_align.runtime.llama_devices import device_of
 from edge_align.runtime.llama_native import log_softmax_top, NativeContext, NativeModel, Sampler
 from edge_align.runtime.llama_rows import Rows
@@ -135,7 +135,7 @@ class LlamaCppBackend:
     ) -> Iterator[GenerationChunk]:
         """Stream an answer. A new answer takes the context over: an unfinished one then raises BackendError.
 
-        While a long prompt is read, an empty chunk comes after every PREFILL_CHUNK tokens of it.
+        While a long prompt is read, an empty chunk comes after every part of it but the last.
 
         Raises ContextOverflow, InputError at once; BackendError, SessionClosed while streaming.
         """
@@ -242,28 +242,28 @@ class LlamaCppBackend:
 
         Between two parts it yields an empty chunk, so that whoever has other answers to give can do so meanwhile.
         """
-        context, chunk, turn = self._context, self._context.n_batch, self._turn
-        keep = common_prefix(self._cached, tokens)
+        context, turn = self._context, self._turn
+        keep, ends = common_prefix(self._cached, tokens), part_ends(tokens, self._model.is_end, context.n_batch)
         if not keep == len(tokens) == len(self._cached):
-            keep -= keep % chunk
+            keep = max((end for end in ends[:-1] if end <= keep), default=0)
         if not context.forget(0, keep):  # also what an answer that was never ended has decoded
             keep = 0
         self._cached = self._cached[:keep]
-        for start in range(keep, len(tokens), chunk):
+        start = keep
+        for end in (end for end in ends if end > keep):
             if start > keep:
                 yield GenerationChunk("")
                 self._check_turn(turn)
             if cancelled is not None and cancelled():
                 break
-            part = tokens[start : start + chunk]
             try:
                 context.set_vectors(None)
-                context.decode_span(part, start)
+                context.decode_span(tokens[start:end], start)
             except BackendError:
                 self._cached = self._cached[:0]
                 context.clear()
                 raise
-            self._cached = tokens[: start + len(part)]
+            self._cached, start = tokens[:end], end
         return keep
 
     def _check_turn(self, turn: int) -> None:
