@@ -52,6 +52,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "common",
         "latent_dpo_vs_logistic",
         "nulls",
+        "report",
         "serving",
         "serving_learning",
         "serving_soak",
@@ -296,3 +297,27 @@ def test_a_result_that_json_cannot_hold_is_an_error(bench: dict[str, ModuleType]
     document = {"script": "x", "date": "2026-01-02", "commit": "abc", "value": float("nan")}
     with pytest.raises(ValueError, match="not JSON compliant"):
         bench["common"].emit(document, save=False)
+
+
+def test_page_and_readme_say_what_the_results_say() -> None:
+    done = subprocess.run([sys.executable, str(BENCH / "report.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stderr}run: python bench/report.py"
+
+
+def test_the_report_follows_the_newest_result_that_holds_a_figure(tmp_path: Path, bench: dict[str, ModuleType]) -> None:
+    report = bench["report"]
+    for path in report.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    newest = report.Results(tmp_path).newest("latency")
+    changed = newest | {"date": "2999-01-01T00:00:00Z", "switch": newest["switch"] | {"total_ms": 4.56}}
+    (tmp_path / "latency-new.json").write_text(json.dumps(changed))
+    (tmp_path / "latency-quick.json").write_text(
+        json.dumps(changed | {"date": "2999-01-02T00:00:00Z", "options": {"quick": True}, "switch": {"total_ms": 9.99}})
+    )
+    results = report.Results(tmp_path)
+    for text in (report.readme_table(results), report.page(results)):
+        assert "4.6 ms" in text and "10.0 ms" not in text
+    with pytest.raises(LookupError, match="no place for the table"):
+        report.with_table("a README without markers", "")
+    with pytest.raises(LookupError, match="no result of dreams"):
+        results.newest("dreams")

@@ -71,6 +71,18 @@ class TestATinyModel:
         end = free[2]
         assert model.sample([[3, 7]], sampling=GREEDY, eos=[end])[0] == free[: free.index(end) + 1]
 
+    def test_reads_while_it_samples_what_a_second_pass_would(self, tiny):
+        model, prompts = tiny[2], [[3, 7, 1, 12], [4], [3, 7, 1, 12]]
+        drawn = SamplingConfig(max_tokens=6, seed=3)
+        first = model.sample(prompts, sampling=drawn, eos=[])[0]
+        end = next(token for token in first if token != first[0])
+        answers, means = model.sample_and_read(prompts, layers=[1, 0], sampling=drawn, eos=[end])
+        kept = [answer[:-1] for answer in answers]  # an end token, or the last one before the cap: not passed through
+        assert 0 < len(kept[0]) == first.index(end) < 5 == max(map(len, kept)) and all(kept)
+        spans = [(len(prompt), len(prompt) + len(answer)) for prompt, answer in zip(prompts, kept, strict=True)]
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, kept, strict=True)]
+        np.testing.assert_allclose(means, model.mean_hidden(rows, spans, [1, 0]), rtol=1e-4, atol=1e-5)
+
     def test_of_an_unknown_architecture_is_refused(self, tiny, monkeypatch):
         monkeypatch.setattr("edge_align.runtime.torch_ref.SUPPORTED", ("mamba",))
         with pytest.raises(BackendUnavailable, match="mamba"):

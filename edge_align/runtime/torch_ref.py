@@ -263,7 +263,6 @@ class LlamaReference:
                     out[rows, at] = torch.einsum("bt,btd->bd", share, x.float()).numpy()
         return out
 
-    @torch.inference_mode()
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -278,8 +277,28 @@ class LlamaReference:
 
         vectors: (n_layer, d_model) for all rows or (n_rows, n_layer, d_model) with a row for each.
         """
+        return self.sample_and_read(
+            prompts, layers=(), sampling=sampling, eos=eos, vectors=vectors, batch=batch, on_done=on_done
+        )[0]
+
+    @torch.inference_mode()
+    def sample_and_read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        layers: Sequence[int],
+        sampling: SamplingConfig,
+        eos: Sequence[int],
+        vectors: np.ndarray | None = None,
+        batch: int = 64,
+        on_done: Callable[[int], None] | None = None,
+    ) -> tuple[list[list[int]], np.ndarray]:
+        """As `sample`, and what `mean_hidden` would read of every answer, at no further pass: (n, len(layers), d_model)
+        float32. Of an answer that `max_tokens` cuts, the last token was never passed through and does not count.
+        """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
+        means = np.zeros((len(prompts), len(layers), self.shape.d_model), np.float32)
         rng = torch.Generator().manual_seed(sampling.seed)
         done = 0
         for start in range(0, len(order), batch):
@@ -288,14 +307,33 @@ class LlamaReference:
             if vectors is not None:
                 chosen = vectors[rows] if vectors.ndim == 3 else vectors[None]
                 steering = torch.from_numpy(np.ascontiguousarray(chosen))
-            for i, answer in zip(
-                rows, self._sample_batch([prompts[i] for i in rows], sampling, set(eos), steering, rng), strict=True
-            ):
+            made, read = self._sample_batch([prompts[i] for i in rows], sampling, set(eos), steering, layers, rng)
+            means[rows] = read.numpy()
+            for i, answer in zip(rows, made, strict=True):
                 answers[i] = answer
             done += len(rows)
             if on_done is not None:
                 on_done(done)
-        return answers
+        return answers, means
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> KVCache:
+        """A cache of all but the last token of every prompt, unsteered; equal prompts are passed through once."""
+        distinct = sorted({tuple(prompt) for prompt in prompts})
+        longest = max(map(len, prompts))
+        tokens = torch.zeros(len(distinct), longest - 1, dtype=torch.long)
+        for row, prompt in zip(tokens, distinct, strict=True):
+            row[: len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
+        s = self.shape
+        cache = KVCache((self.n_layer, len(distinct), s.n_head_kv, longest + room, s.d_head), self.dtype)
+        if longest > 1:
+            x = self.embed(tokens)
+            rotary = self.rotary(torch.arange(longest - 1)[None])
+            for il in range(self.n_layer):
+                x = self.block(il, x, rotary, None, cache)
+        cache.lengths = torch.tensor([len(prompt) - 1 for prompt in distinct])
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        cache.select(torch.tensor([place[tuple(prompt)] for prompt in prompts]))
+        return cache
 
     def _sample_batch(
         self,
@@ -303,47 +341,41 @@ class LlamaReference:
         sampling: SamplingConfig,
         eos: set[int],
         steering: torch.Tensor | None,
+        layers: Sequence[int],
         rng: torch.Generator,
-    ) -> list[list[int]]:
-        lengths = torch.tensor([len(p) for p in prompts])
-        longest = int(lengths.max())
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = torch.tensor(prompt)
-        shape = self.shape
-        size = (self.n_layer, len(prompts), shape.n_head_kv, longest + sampling.max_tokens, shape.d_head)
-        cache = KVCache(size, self.dtype)
-        if longest > 1:  # prefill all but the last prompt token, unsteered
-            x = self.embed(tokens[:, :-1])
-            rotary = self.rotary(torch.arange(longest - 1)[None])
-            for il in range(self.n_layer):
-                x = self.block(il, x, rotary, None, cache)
-        cache.lengths = lengths - 1
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        cache = self._prefill(prompts, sampling.max_tokens)
         answers: list[list[int]] = [[] for _ in prompts]
+        sums = torch.zeros(len(prompts), len(layers), self.shape.d_model)
+        counts = torch.zeros(len(prompts), 1, 1)
         alive = torch.arange(len(prompts))
-        open_ = set(range(len(prompts)))
-        current = tokens[alive, lengths - 1]
-        for _ in range(sampling.max_tokens):
+        open_ = torch.ones(len(prompts), dtype=torch.bool)
+        ends = torch.tensor(sorted(eos))
+        current = torch.tensor([prompt[-1] for prompt in prompts])
+        for step in range(sampling.max_tokens):
             rotary = self.rotary(cache.lengths[:, None])
             span = int(cache.lengths.max()) + 1
             mask = (torch.arange(span)[None] <= cache.lengths[:, None])[:, None, None, :]
             x = self.embed(current[:, None])
+            reading = open_[alive] if step else torch.zeros(len(alive), dtype=torch.bool)  # step 0 passes the prompt's
+            counts[alive[reading]] += 1
             for il in range(self.n_layer):
                 x = self.block(il, x, rotary, mask, cache)
                 if steering is not None and il > 0:
                     rows = steering if steering.shape[0] == 1 else steering[alive]
                     x = x + rows[:, il, None, :].to(x.dtype)
+                for at in (at for at, layer in enumerate(layers) if layer == il):
+                    sums[alive[reading], at] += x[reading, 0].float()
             cache.lengths = cache.lengths + 1
             current = draw(self.head(x[:, 0]).float(), sampling, rng)
             for i, token in zip(alive.tolist(), current.tolist(), strict=True):
-                if i in open_:
+                if open_[i]:
                     answers[i].append(token)
-                    if token in eos:
-                        open_.discard(i)
-            if not open_:
+            open_[alive[torch.isin(current, ends)]] = False
+            left = open_[alive]
+            if not left.any():
                 break
-            if len(open_) <= 0.8 * len(alive):  # copying the cache costs more than a few idle rows
-                kept = torch.tensor([j for j, i in enumerate(alive.tolist()) if i in open_])
-                alive, current = alive[kept], current[kept]
-                cache.select(kept)
-        return answers
+            if left.float().mean() <= 0.8:  # copying the cache costs more than a few idle rows
+                alive, current = alive[left], current[left]
+                cache.select(torch.nonzero(left)[:, 0])
+        return answers, sums / counts.clamp(min=1)

@@ -30,7 +30,7 @@ from edge_align_export.card import card
 from edge_align_export.linear import LinearPack, solve
 from edge_align_export.metric import fisher_metric
 from edge_align_export.passes import open_passes, Passes
-from edge_align_export.texts import Answers, committed_answers, sample_answers
+from edge_align_export.texts import Answers, committed_answers, keep_array, kept_array, sample_answers
 
 Progress = Callable[[str, float], None]
 
@@ -42,7 +42,7 @@ class LinearConfig:
     k: int = 96
     prompts: int = 304
     answers: int = 8  # per prompt
-    max_tokens: int = 96
+    max_tokens: int = 256  # whole answers: of cut ones, fewer words would mean longer words
     first_layer: float = 0.27  # of n_layer: blocks 8 to 21 of 30
     last_layer: float = 0.70
     ridge: float = 0.3
@@ -104,22 +104,24 @@ def build_pack(
         check_steering(backend)
         passes = open_passes(base, backend, runtime=runtime)
         stack.callback(passes.close)
-        tell = stage("sample")
+        layers = steered_layers(base, config)
         if fast:
             answers = committed_answers(backend, prompts=config.prompts, max_tokens=config.max_tokens)
-            tell(1.0)
+            deep = _read_activations(base, passes, answers, layers, work=work, tell=stage("activations"))
         else:
-            answers = sample_answers(
+            answers, deep = sample_answers(
                 passes,
                 backend,
                 prompts("pack")[: config.prompts],
                 per_prompt=config.answers,
                 sampling=SamplingConfig(max_tokens=config.max_tokens, seed=config.seed),
+                layers=layers,
+                d_model=base.d_model,
                 work=work,
-                tell=tell,
+                tell=stage("sample"),
             )
-        layers = steered_layers(base, config)
-        deep = _read_activations(base, passes, answers, layers, work=work, tell=stage("activations"))
+        if not np.isfinite(deep).all():
+            raise CorruptArtefact(f"{base.path} computes activations that are not finite; the file may be damaged")
         linear = _solve(base, backend, answers, deep, layers, config, tell=stage("solve"))
         rng = np.random.default_rng(config.seed)
         pack = _measure(base, backend, answers, linear, config, rng, work, stage)
@@ -167,8 +169,8 @@ def _command(base: BaseModel, config: LinearConfig, *, fast: bool) -> str:
 
 
 def _texts_id(base: BaseModel, config: LinearConfig, *, fast: bool) -> str:
-    """Names the kept answers and activations: everything they depend on, and nothing that comes after them."""
-    settings = [config.prompts, config.answers, config.max_tokens, config.seed, config.first_layer, config.last_layer]
+    """Names the kept answers and activations: everything one depends on; more prompts add to what is there."""
+    settings = [config.answers, config.max_tokens, config.seed, config.first_layer, config.last_layer]
     return hashlib.sha256(json.dumps([base.hash, fast, *settings]).encode()).hexdigest()[:12]
 
 
@@ -187,14 +189,14 @@ def _read_activations(
     work: Path,
     tell: Callable[[float], None],
 ) -> np.ndarray:
-    """(n, len(layers), d_model) mean hidden states over each answer, with its prompt in front."""
+    """What `sample_answers` reads while it samples, of texts that are there already."""
     parts = []
     size = 64
     for start in range(0, len(answers), size):
         path = work / f"deep-{start:06d}.npy"
         chunk = slice(start, start + size)
         n = len(answers.completions[chunk])
-        part = _kept_array(path, (n, len(layers), base.d_model))
+        part = kept_array(path, (n, len(layers), base.d_model))
         if part is None:
             pairs = list(zip(answers.prompts[chunk], answers.completions[chunk], strict=True))
             part = passes.mean_hidden(
@@ -202,27 +204,10 @@ def _read_activations(
                 [(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs],
                 list(layers),
             ).astype(np.float16)
-            _keep_array(path, part)
+            keep_array(path, part)
         parts.append(part.astype(np.float32))
         tell((start + n) / len(answers))
-    deep = np.concatenate(parts)
-    if not np.isfinite(deep).all():
-        raise CorruptArtefact(f"{base.path} computes activations that are not finite; the file may be damaged")
-    return deep
-
-
-def _kept_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    try:
-        part = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return part if part.shape == shape else None
-
-
-def _keep_array(path: Path, array: np.ndarray) -> None:
-    with path.with_suffix(".tmp").open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    path.with_suffix(".tmp").replace(path)
+    return np.concatenate(parts)
 
 
 def _solve(
@@ -305,10 +290,10 @@ def _measure(
     )
     tell = stage("metric")
     path = work / f"metric-{hashlib.sha256(linear.decoder.tobytes()).hexdigest()[:12]}.npy"
-    metric = _kept_array(path, (k, k))
+    metric = kept_array(path, (k, k))
     if metric is None:
         metric = fisher_metric(backend, probe(0), pack.decode, k=k, step=config.metric_step, tell=tell)
-        _keep_array(path, metric)
+        keep_array(path, metric)
     tell(1.0)
     tell = stage("KL curve")
     other = probe(3)

@@ -32,6 +32,12 @@ class Passes(Protocol):
         """One answer per prompt (token ids, end of text excluded); vectors: what steers each row."""
         ...
 
+    def sample_and_read(
+        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, layers: Sequence[int]
+    ) -> tuple[list[list[int]], np.ndarray]:
+        """Unsteered answers as `sample` draws them, and (n, len(layers), d_model) as `mean_hidden` reads them."""
+        ...
+
     def mean_hidden(
         self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
     ) -> np.ndarray:
@@ -42,25 +48,24 @@ class Passes(Protocol):
 
 
 class TorchPasses:
-    """PyTorch in bfloat16, a batch of rows at a time, each with vectors of its own.
+    """PyTorch, a batch of rows at a time, each with vectors of its own; bfloat16 where the processor multiplies it.
 
-    Raises BackendUnavailable for an architecture it does not compute and on a processor without bfloat16
-    instructions, where llama.cpp is faster.
+    Raises BackendUnavailable for an architecture it does not compute.
     """
-
-    reason = "PyTorch: this processor multiplies bfloat16 matrices"
 
     def __init__(self, base: BaseModel) -> None:
         import torch
 
         from edge_align.runtime.torch_ref import LlamaReference
 
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            raise BackendUnavailable("this processor has no bfloat16 instructions")
         end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
         if not isinstance(end, int):
             raise BackendUnavailable(f"{base.path} does not say which token ends a text")
-        self._model, self._eos = LlamaReference(base.path, dtype=torch.bfloat16), end
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.reason = (
+            f"PyTorch in {'bfloat16' if fast else 'float32'}: it decodes many rows at once faster than llama.cpp"
+        )
+        self._model, self._eos = LlamaReference(base.path, dtype=torch.bfloat16 if fast else torch.float32), end
 
     def sample(
         self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
@@ -73,6 +78,15 @@ class TorchPasses:
         made = self._model.sample(prompts, sampling=sampling, eos=[self._eos], vectors=steering, batch=BATCH)
         return [[token for token in tokens if token != self._eos] for tokens in made]
 
+    def sample_and_read(
+        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, layers: Sequence[int]
+    ) -> tuple[list[list[int]], np.ndarray]:
+        """As `Passes.sample_and_read`: the activations come from the pass that samples."""
+        made, means = self._model.sample_and_read(
+            prompts, layers=layers, sampling=sampling, eos=[self._eos], batch=BATCH
+        )
+        return [[token for token in tokens if token != self._eos] for tokens in made], means
+
     def mean_hidden(
         self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
     ) -> np.ndarray:
@@ -83,9 +97,9 @@ class TorchPasses:
 
 
 class NativePasses:
-    """llama.cpp: any architecture, any processor."""
+    """llama.cpp: any architecture."""
 
-    reason = "llama.cpp: PyTorch does not compute this architecture, or not fast, here"
+    reason = "llama.cpp: PyTorch does not compute this architecture here"
 
     def __init__(self, base: BaseModel, backend: LlamaCppBackend, *, runtime: RuntimeConfig) -> None:
         self._base, self._backend, self._runtime = base, backend, runtime
@@ -103,6 +117,15 @@ class NativePasses:
             made += [list(answer.tokens) for answer in answers]
         return made
 
+    def sample_and_read(
+        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, layers: Sequence[int]
+    ) -> tuple[list[list[int]], np.ndarray]:
+        """As `Passes.sample_and_read`, in two passes."""
+        made = self.sample(prompts, sampling=sampling)
+        texts = [[*prompt, *(answer or [0])] for prompt, answer in zip(prompts, made, strict=True)]
+        spans = [(len(prompt), len(text)) for prompt, text in zip(prompts, texts, strict=True)]
+        return made, self.mean_hidden(texts, spans, layers)
+
     def mean_hidden(
         self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
     ) -> np.ndarray:
@@ -117,7 +140,7 @@ class NativePasses:
 
 
 def open_passes(base: BaseModel, backend: LlamaCppBackend, *, runtime: RuntimeConfig) -> Passes:
-    """PyTorch where it is the faster one, else llama.cpp."""
+    """PyTorch where it computes the architecture, else llama.cpp."""
     try:
         return TorchPasses(base)
     except BackendUnavailable:

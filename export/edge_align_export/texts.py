@@ -39,17 +39,24 @@ def sample_answers(
     *,
     per_prompt: int,
     sampling: SamplingConfig,
+    layers: Sequence[int],
+    d_model: int,
     work: Path,
     tell: Callable[[float], None],
-) -> Answers:
-    """Sample from the base; chunks already in `work` are taken from there, so a stopped run goes on."""
+) -> tuple[Answers, np.ndarray]:
+    """Sample from the base; chunks already in `work` are taken from there, so a stopped run goes on.
+
+    Also (n, len(layers), d_model) float32: the mean hidden states over each answer, with its prompt in front.
+    """
     rows: list[tuple[list[int], list[int], int]] = []
+    read: list[np.ndarray] = []
     for start in range(0, len(questions), CHUNK):
         chunk = questions[start : start + CHUNK]
         rendered = [backend.render(user_prompt(question)) for question in chunk]
         path = work / f"answers-{start:05d}.json"
-        kept = _read(path, n=len(chunk) * per_prompt)
-        if kept is None:
+        n = len(chunk) * per_prompt
+        kept, deep = _read(path, n=n), kept_array(path.with_suffix(".npy"), (n, len(layers), d_model))
+        if kept is None or deep is None:
             seeded = SamplingConfig(
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
@@ -58,18 +65,22 @@ def sample_answers(
                 seed=sampling.seed + start * per_prompt,
             )
             repeated = [prompt for prompt in rendered for _ in range(per_prompt)]
-            kept = passes.sample(repeated, sampling=seeded)
+            kept, means = passes.sample_and_read(repeated, sampling=seeded, layers=layers)
+            deep = means.astype(np.float16)
+            keep_array(path.with_suffix(".npy"), deep)
             write_atomic(path, json.dumps(kept).encode())
         for i, tokens in enumerate(kept):
             if len(tokens) > 2:
                 rows.append((rendered[i // per_prompt], tokens, start + i // per_prompt))
+                read.append(deep[i].astype(np.float32))
         tell((start + len(chunk)) / len(questions))
-    return Answers(
+    answers = Answers(
         questions=list(questions),
         prompts=[row[0] for row in rows],
         completions=[row[1] for row in rows],
         groups=np.array([row[2] for row in rows]),
     )
+    return answers, np.stack(read)
 
 
 def committed_answers(backend: LlamaCppBackend, *, prompts: int, max_tokens: int) -> Answers:
@@ -101,3 +112,19 @@ def _read(path: Path, *, n: int) -> list[list[int]] | None:
         return None
     whole = isinstance(kept, list) and len(kept) == n and all(isinstance(tokens, list) for tokens in kept)
     return kept if whole else None
+
+
+def kept_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """An array kept by `keep_array`, or None when there is none of that shape."""
+    try:
+        part = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return part if part.shape == shape else None
+
+
+def keep_array(path: Path, array: np.ndarray) -> None:
+    """Keep an array where a later run finds it; the file appears whole or not at all."""
+    with path.with_suffix(".tmp").open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    path.with_suffix(".tmp").replace(path)

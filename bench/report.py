@@ -1,0 +1,395 @@
+"""Render docs/benchmarks.md, its plots and the README's table from bench/results.
+
+    python bench/report.py             # write what differs; --check: write nothing, exit code 1 if something differs
+
+Every figure of a row comes from one result: the newest that holds it. A number is typed nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOTS = ROOT / "docs" / "plots"
+MODELS = ROOT / "models"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- begin: bench/report.py -->", "<!-- end: bench/report.py -->"
+
+Result = dict[str, Any]
+
+
+class Results:
+    """The documents of bench/results, oldest first. `used`: those that were asked for."""
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        found = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("*.json")]
+        self._all: list[Result] = sorted(found, key=lambda result: (result["date"], result["file"]))
+
+    def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True) -> Result:
+        """Raises LookupError when there is none."""
+        for result in reversed(self._all):
+            if result["script"] == script and not result["options"].get("quick") and where(result):
+                return result
+        raise LookupError(f"no result of {script}.py under {RESULTS}")
+
+
+def gate_of(results: Results, pairs: int) -> tuple[Result, Result]:
+    """The newest gate result at this number of pairs, and its table of rows as {kind: [rows]}."""
+    size = f"pairs_{pairs}"
+    result = results.newest("nulls", where=lambda r: size in r.get("gate", {}).get("true", {}))
+    rows = [row for row in result["gate"]["rows"] if row["pairs"] == pairs]
+    return result, {kind: [row for row in rows if row["kind"] == kind] for kind in ("true", "shuffled")}
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def ratio(found: Result, digits: int = 3) -> str:
+    """A median with its 95 % interval."""
+    return f"{found['median']:.{digits}f} ({found['ci_low']:.{digits}f} to {found['ci_high']:.{digits}f})"
+
+
+def mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def earlier(result: Result) -> str:
+    """A remark where the pack has been replaced since."""
+    shipped = {json.loads(path.read_text())["tensors_sha256"] for path in MODELS.glob("*/manifest.json")}
+    return "" if result.get("pack_hash") in {None, *shipped} else " (by an earlier pack)"
+
+
+def source(result: Result) -> str:
+    """The command, the machine and the file of a result."""
+    hidden = ("quick", "seed", "threads")
+    options = [
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in result["options"].items()
+        if key not in hidden and value not in (None, False)
+    ]
+    machine = result["machine"]
+    bf16 = "with" if machine["bf16"] else "without"
+    return (
+        f"`python bench/{result['script']}.py {' '.join(options)}` at {result['commit']}, {result['date'][:10]}, "
+        f"{machine['cores']} cores of {machine['cpu']} {bf16} bfloat16 instructions: "
+        f"[{result['file']}](../bench/results/{result['file']}){earlier(result)}"
+    )
+
+
+# -- sections ------------------------------------------------------------------------------------------------------
+def quality(results: Results) -> str:
+    result = results.newest("quality")
+    parts = [
+        f"Base: {result['base']}. {result['prompts']} unseen prompts; a tie counts half; the interval is the 95 % "
+    ]
+    parts[0] += "bootstrap interval over prompts. NLL and distinct-2 are relative to the base's own answers."
+    for size in sorted({row["pairs"] for row in result["users"]}, reverse=True):
+        rows = [row for row in result["users"] if row["pairs"] == size]
+        body = [
+            [
+                row["user"].replace("_", " "),
+                f"{percent(row['win_rate'])} ({percent(row['win_ci'][0])} to {percent(row['win_ci'][1])})",
+                "" if row.get("second_win_rate") is None else percent(row["second_win_rate"]),
+                f"{row['nll_ratio']:.2f} x",
+                f"{row['distinct2_ratio']:.2f} x",
+                f"{row['mean_tokens']:.0f} ({row['mean_tokens_base']:.0f})",
+                f"{row['p']:.3f}",
+                ", ".join("-" if kl["factor"] is None else f"{kl['factor']:.2f}" for kl in row["kl"]),
+            ]
+            for row in rows
+        ]
+        body.append(
+            [
+                "**mean**",
+                percent(mean(row["win_rate"] for row in rows), 1),
+                "",
+                f"{mean(row['nll_ratio'] for row in rows):.2f} x",
+                f"{mean(row['distinct2_ratio'] for row in rows):.2f} x",
+                "",
+                "",
+                "",
+            ]
+        )
+        head = ["user", "win rate", "by a second judge", "NLL", "distinct-2", "tokens (base)", "gate p"]
+        head.append("predicted / measured KL at strength " + ", ".join(str(kl["strength"]) for kl in rows[0]["kl"]))
+        parts.append(f"**{size} pairs**\n\n{table(head, body)}")
+    return "\n\n".join([*parts, source(result)])
+
+
+def directions(results: Results) -> str:
+    result = results.newest("nulls", where=lambda r: "directions" in r)
+    found = result["directions"]
+    rows = [
+        [
+            row["user"].replace("_", " "),
+            percent(row["profile"]),
+            percent(row["null_mean"]),
+            percent(row["null_p95"]),
+            "yes" if row["beats_p95"] else "**no**",
+        ]
+        for row in found["users"]
+    ]
+    text = table(["user", "profile", "random directions, mean", "their 95th percentile", "profile above it"], rows)
+    said = "Random latents at the profile's predicted KL, same prompts and seeds. Pooled mean "
+    said += f"{percent(found['pooled_mean'])}."
+    return f"{said}\n\n{text}\n\n{source(result)}"
+
+
+def gate(results: Results) -> str:
+    parts = []
+    for pairs in (20, 100):
+        result, rows = gate_of(results, pairs)
+        shuffled = {row["user"]: row for row in rows["shuffled"]}
+        body = [
+            [
+                row["user"].replace("_", " "),
+                f"{row['passed']} of {row['draws']}",
+                f"{shuffled[row['user']]['passed']} of {shuffled[row['user']]['draws']}"
+                if row["user"] in shuffled
+                else "",
+            ]
+            for row in rows["true"]
+        ]
+        sums = [
+            f"{sum(row['passed'] for row in rows[kind])} of {sum(row['draws'] for row in rows[kind])}"
+            for kind in ("true", "shuffled")
+        ]
+        text = table([f"{pairs} pairs", "true verdicts pass", "shuffled verdicts pass"], [*body, ["**all**", *sums]])
+        parts.append(f"{text}\n\n{source(result)}")
+    return "\n\n".join(parts)
+
+
+def learning(results: Results) -> str:
+    result = results.newest("personalize_time")
+    rows = [
+        [
+            dtype,
+            *(f"{found[stage]:.2f} s" for stage in ("encode", "fit", "sum", "floor")),
+            f"{found['sum_over_floor']:.2f} x",
+        ]
+        for dtype, found in result["warm_sec"].items()
+    ]
+    text = table(["dtype", "encode", "fit", "encode + fit + calibrate", "matrix products alone", "over them"], rows)
+    said = (
+        f"{result['pairs']} pairs, {result['answers']} answers of {result['mean_tokens']:.0f} tokens; the whole "
+        f"command from a cold start {result['cold_sec']:.1f} s. A profile takes {result['profile_bytes']['constant']} "
+        f"bytes, {result['profile_bytes']['head']} with the prompt-dependent head."
+    )
+    lora = results.newest("training_time")
+    won = ", ".join(f"{name} {percent(rate)}" for name, rate in lora["win_rate"].items())
+    beside = (
+        f"LoRA-DPO (r{lora['lora']['rank']}, {lora['lora']['epochs']} epochs, {lora['lora']['dtype']}) on the same "
+        f"{lora['pairs']} pairs of one user ({lora['user']}): {lora['lora']['seconds']:.0f} s against "
+        f"{lora['edge_align_sec']:.1f} s, {lora['lora_over_edge_align']:.0f} x. Win rate on {lora['prompts']} unseen "
+        f"prompts: {won}; the LoRA had no KL budget."
+    )
+    return f"{said}\n\n{text}\n\n{source(result)}\n\n{beside}\n\n{source(lora)}"
+
+
+def latency(results: Results) -> str:
+    result = results.newest("latency")
+    rows = [
+        ["steered over unsteered decoding", ratio(result["steered_over_base"], 4)],
+        ["our loop over a bare `llama_decode` loop", ratio(result["ours_over_bare"], 4)],
+        [
+            "switching profile: setting it and what the next token then costs more",
+            f"{result['switch']['total_ms']:.1f} ms",
+        ],
+        ["memory of `generate`, 2,048 tokens of context", f"{result['memory']['peak_rss_mb']:.0f} MB"],
+    ]
+    first = [
+        [
+            str(row["prompt_tokens"]),
+            f"{1000 * row['base_sec']:.0f} ms",
+            f"{1000 * row['personal_sec']:.0f} ms",
+            ratio(row["ratio"]),
+        ]
+        for row in result["ttft"]
+    ]
+    speed = result["tokens_per_sec"]
+    said = f"llama.cpp, {result['runs']} interleaved runs of {result['tokens']} tokens, medians with 95 % intervals; "
+    said += ", ".join(f"{name} {value:.0f}" for name, value in speed.items()) + " tokens per second."
+    onnx = results.newest("onnx_latency")
+    second = [
+        ["ONNX Runtime over llama.cpp", ratio(onnx["onnx_over_llamacpp"])],
+        ["steered over unsteered", ratio(onnx["steered_over_base"])],
+        [
+            f"{onnx['batch_rows']} rows with {onnx['batch_rows']} vectors over the same rows unsteered",
+            ratio(onnx["batch_steered_over_base"]),
+        ],
+    ]
+    more = f"ONNX Runtime, {onnx['precision']}, {onnx['runs']} interleaved runs of {onnx['tokens']} tokens; "
+    more += ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in onnx["tokens_per_sec"].items())
+    return "\n\n".join(
+        [
+            said,
+            table(["", "median (95 % interval)"], rows),
+            table(["prompt tokens", "first token, base", "personal", "ratio"], first),
+            source(result),
+            more + " tokens per second.",
+            table(["", "median (95 % interval)"], second),
+            source(onnx),
+        ]
+    )
+
+
+SECTIONS = (
+    ("Do people prefer the personal answers?", quality),
+    ("What chance does", directions),
+    ("The gate", gate),
+    ("Time to learn a person", learning),
+    ("Latency", latency),
+)
+
+
+def page(results: Results) -> str:
+    head = (
+        "# Benchmarks\n\nMade by `bench/report.py` from [bench/results](../bench/results/); what each script measures, "
+        "and how, is in [bench/README.md](../bench/README.md). Users are simulated: a judge program stands for a taste."
+    )
+    parts = [f"## {title}\n\n{section(results)}" for title, section in SECTIONS]
+    plots = "![Win rates of eight users, with random directions beside](plots/quality.svg)"
+    return "\n\n".join([head, plots, *parts]) + "\n"
+
+
+def readme_table(results: Results) -> str:
+    found, time, lora = (results.newest(name) for name in ("quality", "personalize_time", "training_time"))
+    speed, onnx = results.newest("latency"), results.newest("onnx_latency")
+    null = results.newest("nulls", where=lambda r: "directions" in r)["directions"]
+    dtype = "bf16" if time["machine"]["bf16"] else "fp32"
+
+    def won(size: int) -> str:
+        rates = [row["win_rate"] for row in found["users"] if row["pairs"] == size]
+        return f"{percent(mean(rates))} ({percent(min(rates))})"
+
+    def passed(pairs: int, kind: str) -> str:
+        rows = gate_of(results, pairs)[1][kind]
+        return percent(sum(row["passed"] for row in rows) / sum(row["draws"] for row in rows), 1)
+
+    tokens = onnx["tokens_per_sec"]
+    users = len({row["user"] for row in found["users"]})
+    return table(
+        ["", ""],
+        [
+            [f"learning from {time['pairs']} pairs: encode, fit, calibrate", f"{time['warm_sec'][dtype]['sum']:.1f} s"],
+            [
+                f"LoRA-DPO on {lora['pairs']} pairs (r{lora['lora']['rank']}, {lora['lora']['epochs']} epochs)",
+                f"{lora['lora']['seconds']:.0f} s",
+            ],
+            [
+                f"its win rate and ours{earlier(lora)} on {lora['prompts']} unseen prompts, one user ({lora['user']}); "
+                "the LoRA had no KL budget",
+                ", ".join(percent(lora["win_rate"][name]) for name in ("LoRA-DPO", "edge-align")),
+            ],
+            [
+                f"{found['prompts']} unseen prompts: the judge prefers the personal answer, 100 pairs, mean (lowest) "
+                f"of {users} users{earlier(found)}",
+                won(100),
+            ],
+            ["the same with 20 pairs", won(20)],
+            ["random directions at the same KL, mean over users", percent(null["pooled_mean"])],
+            ["true verdicts that pass the gate, 20 and 100 pairs", f"{passed(20, 'true')}, {passed(100, 'true')}"],
+            ["shuffled ones", f"{passed(20, 'shuffled')}, {passed(100, 'shuffled')}"],
+            ["speed of decoding, steered over unsteered", f"{speed['steered_over_base']['median']:.2f}"],
+            [
+                f"tokens per second: llama.cpp, ONNX Runtime {onnx['precision']}, {onnx['batch_rows']} differently "
+                "steered rows of it",
+                ", ".join(f"{tokens[name]:.0f}" for name in ("llamacpp", "onnx", "onnx_batch_steered")),
+            ],
+            ["switching profile", f"{speed['switch']['total_ms']:.1f} ms"],
+            ["size of a profile", f"{time['profile_bytes']['constant'] / 1024:.1f} KiB"],
+            ["memory of `generate`", f"{speed['memory']['peak_rss_mb']:.0f} MB"],
+        ],
+    )
+
+
+def with_table(readme: str, rows: str) -> str:
+    """The README with its table between the markers replaced. Raises LookupError without the markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise LookupError(f"{README.name} has no place for the table: {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{rows}\n{END}{after}"
+
+
+def draw(results: Results) -> None:
+    """docs/plots/quality.svg: win rates with intervals, and the random directions' range behind them."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {"svg.hashsalt": "edge-align", "font.size": 9}
+    from matplotlib import pyplot as plt
+
+    rows = results.newest("quality")["users"]
+    nulls = {
+        row["user"]: row for row in results.newest("nulls", where=lambda r: "directions" in r)["directions"]["users"]
+    }
+    users = list(dict.fromkeys(row["user"] for row in rows))
+    sizes = sorted({row["pairs"] for row in rows})
+    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    for at, who in enumerate(users):
+        if who in nulls:
+            axes.fill_between(
+                [at - 0.38, at + 0.38], min(nulls[who]["null"]), nulls[who]["null_p95"], color="0.88", lw=0
+            )
+    for i, size in enumerate(sizes):
+        own = {row["user"]: row for row in rows if row["pairs"] == size}
+        x = [at + 0.18 * (2 * i - len(sizes) + 1) for at in range(len(users))]
+        y = [own[who]["win_rate"] for who in users]
+        error = [
+            [own[who]["win_rate"] - own[who]["win_ci"][0] for who in users],
+            [own[who]["win_ci"][1] - own[who]["win_rate"] for who in users],
+        ]
+        axes.errorbar(
+            x,
+            y,
+            error,
+            fmt="os"[i % 2],
+            ms=5,
+            capsize=2,
+            color=("tab:orange", "tab:blue")[i % 2],
+            label=f"{size} pairs",
+        )
+    axes.axhline(0.5, color="0.4", lw=0.8, ls=":")
+    axes.set(ylim=(0, 1), ylabel="win rate against the base", xticks=range(len(users)))
+    axes.set_xticklabels([who.replace("_", "\n") for who in users])
+    axes.legend(loc="lower right", frameon=False, title="grey: random directions, to the 95th percentile")
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOTS / "quality.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def run(*, check: bool) -> int:
+    """Write, or with `check` only compare; the number of files that differ."""
+    results = Results()
+    wanted = {PAGE: page(results), README: with_table(README.read_text(), readme_table(results))}
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        print(f"{'differs' if check else 'written'}: {path.relative_to(ROOT)}", file=sys.stderr)
+        if not check:
+            path.write_text(wanted[path])
+    if not check:
+        draw(results)
+    return len(stale)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description="Render the benchmark page and the README's table from bench/results.")
+    p.add_argument("--check", action="store_true", help="write nothing; exit code 1 when something differs")
+    stale = run(check=p.parse_args().check)
+    sys.exit(1 if stale and p.parse_args().check else 0)
