@@ -24,7 +24,8 @@ from edge_align.pack import save_pack
 from edge_align.simulation.prompts import prompts
 
 BENCH = Path(__file__).parent.parent / "bench"
-SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+SHARED = ("common.py", "report.py", "serving.py", "serving_learning.py", "serving_soak.py")
+SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name not in SHARED)
 K, INPUTS = 6, 3
 
 
