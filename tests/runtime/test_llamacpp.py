@@ -200,7 +200,8 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(backend: LlamaCpp
 
 def test_an_answer_ends_at_end_of_text_limits_and_cancellation(backend: LlamaCppBackend, prompt: list[int]) -> None:
     short = backend.render(user_prompt("Say just: ok"))
-    ended = answer(backend, short, None, SamplingConfig(temperature=0.0, max_tokens=200))
+    soon = SamplingConfig(temperature=0.0, max_tokens=200, logit_bias=((END, 8.0),))  # this base likes to go on
+    ended = answer(backend, short, None, soon)
     assert ended.finish_reason == "stop" and len(ended.tokens) < 200
     assert "<|im_end|>" not in ended.text
     limited = answer(backend, prompt, None, SamplingConfig(temperature=0.0, max_tokens=3))
