@@ -11,8 +11,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ from edge_align.home import Home  # noqa: E402
 from edge_align.latent_dpo import LatentFeedback  # noqa: E402
 from edge_align.learning import calibrate, encode_dataset, learn, Learnt  # noqa: E402
 from edge_align.pairs import build, Dataset  # noqa: E402
+from edge_align.profiles import ProfileStore  # noqa: E402
 from edge_align.records import FeedbackRow, PreferencePair, Rating, SteeringVectors, user_prompt  # noqa: E402
 from edge_align.registry import find_pack  # noqa: E402
 from edge_align.runtime.llamacpp import LlamaCppBackend  # noqa: E402
@@ -243,6 +246,34 @@ def digest(*values: Any) -> str:
 def source_digest(*names: str) -> str:
     """Names the source of some modules, for what is kept of their results."""
     return digest(*[(ROOT / (name.replace(".", "/") + ".py")).read_bytes() for name in names])
+
+
+# -- homes ---------------------------------------------------------------------------------------------------------
+@contextmanager
+def fresh_home(bench: Bench) -> Iterator[Home]:
+    """A home folder for one block, with the packs of the bench's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder))
+        if bench.home.packs_dir.is_dir():
+            shutil.copytree(bench.home.packs_dir, home.packs_dir)
+        yield home
+
+
+def random_latent(bench: Bench, seed: int) -> np.ndarray:
+    """(k,) float32: a direction at a predicted KL of 0.25, for what depends on no particular taste."""
+    z = np.random.default_rng(seed).standard_normal(bench.pack.k).astype(np.float32)
+    return np.asarray(z * bench.pack.scale_for(z[None], 0.25), np.float32)
+
+
+def save_latent(bench: Bench, home: Home, name: str, z: np.ndarray) -> None:
+    """A profile that steers with the latent z (k,), active and in use."""
+    pack = bench.pack
+    encoder = PreferenceEncoder(z, np.zeros((0, 0), np.float32), np.zeros((pack.k, 0), np.float32), 1.0)
+    manifest = {"base_hash": bench.base.hash, "pack_hash": pack.hash, "k": pack.k}
+    manifest |= {"n_layer": pack.n_layer, "d_model": pack.d_model, "predicted_kl": 0.25}
+    store = ProfileStore(home)
+    store.activate(name, store.save(name, encoder.to_tensors(), manifest).number)
+    store.use(name)
 
 
 # -- answers -------------------------------------------------------------------------------------------------------

@@ -10,25 +10,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Bench, console, main, parser, progress, ROOT
+from common import Bench, console, fresh_home, main, parser, progress, random_latent, ROOT, save_latent
 
 from edge_align.config import SamplingConfig
-from edge_align.encoder import PreferenceEncoder
 from edge_align.errors import EdgeAlignError
-from edge_align.home import Home
-from edge_align.profiles import ProfileStore
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
 from edge_align.runtime.llama_native import NativeContext, Sampler
 from edge_align.speed import first_token, interleaved, interval, paired_ratio, PROMPT
@@ -52,7 +46,7 @@ def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
         args.runs, args.tokens, args.switches, args.ttft_runs = 2, 8, 2, 1
-    z = profile_latent(bench)
+    z = random_latent(bench, 1)
     vectors = bench.pack.decode(z)
     found = {"tokens": args.tokens, "runs": args.runs, **decoding(bench, vectors)}
     found["switch"] = switching(bench, vectors)
@@ -62,12 +56,6 @@ def run(bench: Bench) -> dict[str, Any]:
     for name in ("steered_over_base", "ours_over_bare", "switch", "memory"):
         console.print(name, found[name])
     return found
-
-
-def profile_latent(bench: Bench) -> np.ndarray:
-    """A direction at the default KL budget's half; which one does not matter to speed."""
-    z = np.random.default_rng(1).standard_normal(bench.pack.k).astype(np.float32)
-    return np.asarray(z * bench.pack.scale_for(z[None], 0.25), np.float32)
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------
@@ -166,18 +154,8 @@ def switching(bench: Bench, vectors: SteeringVectors) -> dict[str, float]:
 # -- memory --------------------------------------------------------------------------------------------------------
 def memory(bench: Bench, z: np.ndarray) -> dict[str, Any]:
     """Peak resident memory of `edge-align generate` with a profile, in a process of its own; is torch loaded there."""
-    pack = bench.pack
-    with tempfile.TemporaryDirectory() as folder:
-        home = Home(Path(folder))
-        if bench.home.packs_dir.is_dir():
-            shutil.copytree(bench.home.packs_dir, home.packs_dir)
-        encoder = PreferenceEncoder(z, np.zeros((0, 0), np.float32), np.zeros((pack.k, 0), np.float32), 1.0)
-        manifest = {"base_hash": bench.base.hash, "pack_hash": pack.hash, "k": pack.k}
-        manifest |= {"n_layer": pack.n_layer, "d_model": pack.d_model, "predicted_kl": 0.25}
-        store = ProfileStore(home)
-        version = store.save("bench", encoder.to_tensors(), manifest)
-        store.activate("bench", version.number)
-        store.use("bench")
+    with fresh_home(bench) as home:
+        save_latent(bench, home, "bench", z)
         command = [sys.executable, "-c", DRIVER, "generate", PROMPT, "--max-tokens", str(bench.args.tokens), "--json"]
         command += ["--model", bench.args.model] if bench.args.model else []
         command += ["--threads", str(bench.args.threads)]

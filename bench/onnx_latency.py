@@ -17,8 +17,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Bench, console, main, parser
-from latency import profile_latent, rounds
+from common import Bench, console, main, parser, random_latent
+from latency import rounds
 
 from edge_align.config import SamplingConfig
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
@@ -33,7 +33,7 @@ def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
         args.runs, args.tokens = 2, 8
-    vectors = bench.pack.decode(profile_latent(bench))
+    vectors = bench.pack.decode(random_latent(bench, 1))
     with OnnxBackend.open(Path(args.export), config=bench.runtime) as onnx:
         assert onnx.info.n_layer == bench.base.n_layer
         prompt = onnx.render(user_prompt(PROMPT))

@@ -48,12 +48,18 @@ class Database:
         what: str,
         migrations: Migrations,
         setup_lock: Callable[[], AbstractContextManager[None]],
+        durable: bool = True,
     ) -> None:
-        """what: its name in messages; setup_lock: held while the file is created or its schema changes."""
+        """what: its name in messages; setup_lock: held while the file is created or its schema changes.
+
+        durable: wait for the disk at the end of every transaction. Without, a power cut can undo the last ones; the
+        file stays whole, and a kill undoes nothing.
+        """
         self._path = path
         self._what = what
         self._migrations = migrations
         self._setup_lock = setup_lock
+        self._synchronous = "FULL" if durable else "NORMAL"
         self._connection: sqlite3.Connection | None = None
         self._closed = False
 
@@ -64,7 +70,10 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """A write transaction: on the disk when the block ends, undone when it raises. Creates a missing file."""
+        """A write transaction: on the disk when the block ends (if `durable`), undone when it raises.
+
+        Creates a missing file.
+        """
         with self._errors():
             connection = self._open(create=True)
             connection.execute("BEGIN IMMEDIATE")
@@ -124,7 +133,8 @@ class Database:
                 self._path.chmod(0o600)
         connection = sqlite3.connect(self._path, timeout=BUSY_SEC, isolation_level=None, check_same_thread=False)
         try:
-            for pragma in ("synchronous = FULL", "secure_delete = ON", "cell_size_check = ON", "trusted_schema = OFF"):
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            for pragma in ("secure_delete = ON", "cell_size_check = ON", "trusted_schema = OFF"):
                 connection.execute(f"PRAGMA {pragma}")
             if self._version(connection) < len(self._migrations):
                 with self._setup_lock():

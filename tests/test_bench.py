@@ -24,7 +24,8 @@ from edge_align.pack import save_pack
 from edge_align.simulation.prompts import prompts
 
 BENCH = Path(__file__).parent.parent / "bench"
-SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name not in ("common.py", "report.py"))
+SHARED = ("common.py", "report.py", "serving.py", "serving_learning.py", "serving_soak.py")
+SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name not in SHARED)
 K, INPUTS = 6, 3
 
 
@@ -48,7 +49,16 @@ def bench() -> Iterator[dict[str, ModuleType]]:
     """Modules of the bench, imported as its scripts import each other."""
     import importlib
 
-    names = ("common", "latent_dpo_vs_logistic", "nulls", "report", "training_time")
+    names = (
+        "common",
+        "latent_dpo_vs_logistic",
+        "nulls",
+        "report",
+        "serving",
+        "serving_learning",
+        "serving_soak",
+        "training_time",
+    )
     before = list(sys.path)
     sys.path.insert(0, str(BENCH))
     yield {name: importlib.import_module(name) for name in names}
@@ -119,6 +129,83 @@ def test_the_comparison_with_logistic_regression_ends_with_both_accuracies(workp
     (row,) = run("latent_dpo_vs_logistic.py", *workplace)["rows"]
     assert row["pairs"] == 10 and 0 <= row["latent_dpo"] <= 1 and 0 <= row["logistic"] <= 1
     assert row["gain"] == pytest.approx(row["latent_dpo"] - row["logistic"])
+
+
+def test_the_load_bench_finds_every_answer_equal_to_its_single_run(workplace: tuple[str, ...]) -> None:
+    found = run("server_load.py", *workplace, "--part", "equality")["equality"]
+    assert (found["requests"], found["errors"], found["different"]) == (4, 0, 0)
+    assert found["tokens_per_sec"].keys() == found["ttft_sec"].keys() == {"profiles", "base"}
+    assert found["profiles_over_base"]["median"] > 0
+
+
+def test_the_soak_counts_every_request_and_every_verdict(workplace: tuple[str, ...]) -> None:
+    found = run("server_load.py", *workplace, "--part", "soak")["soak"]
+    assert found["requests"] == sum(found["kinds"].values()) == sum(found["statuses"].values()) == 20
+    assert found["unwanted"] == {} and found["survived"] and found["unfinished_at_the_end"] == 0
+    assert found["verdicts"]["taken"] > 0
+    assert found["verdicts"]["missing"] == found["verdicts"]["never_given"] == 0
+
+
+def replies(bench: dict[str, ModuleType], *times: tuple[float, ...]) -> list[Any]:
+    return [({}, bench["serving"].Reply(200, 0.0, 9.0, times=one, whole=True)) for one in times]
+
+
+def test_gaps_are_those_between_neighbours_that_end_in_the_window(bench: dict[str, ModuleType]) -> None:
+    found = replies(bench, (1.0, 2.0, 4.0, 7.0), (3.5,), (3.0, 6.0))
+    gaps = bench["serving_learning"].gaps
+    assert gaps(found, end=4.0) == [1.0, 2.0]
+    assert gaps(found, start=4.0, end=6.5) == [3.0]
+    assert gaps(found, start=6.5, end=9.0) == [3.0]
+
+
+def test_the_answers_nearest_to_a_swap_are_those_that_ran_then(
+    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, reply = bench["serving_learning"], bench["serving"].Reply
+    monkeypatch.setattr(module, "NEAR", 3)
+    spans = [(0.0, 3.0), (4.0, 6.0), (5.5, 8.0), (8.0, 9.0), (4.5, 5.5)]
+    found = [({}, reply(200, start, end, whole=end != 5.5)) for start, end in spans]
+    assert [(one.start, one.end) for _, one in module.nearest(found, 5.0)] == [(4.0, 6.0), (5.5, 8.0), (0.0, 3.0)]
+
+
+def test_a_tail_that_is_twice_as_long_has_the_ratio_two(bench: dict[str, ModuleType]) -> None:
+    gaps = np.random.default_rng(0).exponential(size=4000)
+    found = bench["serving_learning"].tail_ratio(2 * gaps, gaps, draws=50)
+    assert found["ratio"] == pytest.approx(2.0) and found["ci_low"] < 2.0 < found["ci_high"]
+
+
+@pytest.mark.parametrize(("leave_after", "text", "whole"), [(None, "Hi you", True), (1, "Hi", False)])
+def test_a_stream_is_read_to_its_end_or_until_enough_was_heard(
+    bench: dict[str, ModuleType], leave_after: int | None, text: str, whole: bool
+) -> None:
+    events = [
+        {"id": "x", "choices": [{"delta": {"role": "assistant", "content": ""}}]},
+        {"id": "x", "choices": [{"delta": {"content": "Hi"}}]},
+        {"id": "x", "choices": [{"delta": {"content": " you"}}]},
+        {"id": "x", "choices": [{"delta": {}}], "edge_align": {"version": 3}},
+        {"id": "x", "choices": [], "usage": {"completion_tokens": 2}},
+    ]
+    lines = [f"data: {line}\r\n".encode() for line in [*map(json.dumps, events), "[DONE]"]]
+    reply = bench["serving"]._events([b": ping\n", *lines], 0.0, leave_after)
+    assert (reply.text, reply.whole, reply.id, len(reply.times)) == (text, whole, "x", len(text.split()))
+    assert (reply.tokens, reply.about) == ((2, {"version": 3}) if whole else (0, {}))
+
+
+def test_the_same_request_number_is_the_same_request(bench: dict[str, ModuleType]) -> None:
+    asked: list[Any] = []
+
+    class Deaf:
+        def stream(self, body: Any, **more: Any) -> Any:
+            asked.append((body, more))
+            return bench["serving"].Reply(0, 0.0, 0.0)
+
+        def ask(self, *request: Any) -> Any:
+            asked.append(request)
+            return 500, {}
+
+    outcomes = [bench["serving_soak"].one_request(Deaf(), ["a", "b"], n % 40, 0) for n in range(80)]
+    assert asked[:40] == asked[40:] and not any(one.wanted for one in outcomes)
+    assert {one.kind for one in outcomes} == {"answer", "verdict", "leaves", "bad", "long"}
 
 
 def test_a_script_without_training_answers_says_which_one_makes_them(

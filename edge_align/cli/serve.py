@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -69,15 +70,10 @@ def command(
     """
     if profile is not None and no_profile:
         raise InputError("--no-profile cannot be combined with --profile; drop one of them")
-    try:
-        import uvicorn
-
-        from edge_align.server.app import create_app, LOOPBACK
-    except ImportError as error:
-        raise BackendUnavailable(f'the server needs {error.name}; run: pip install "edge-align[serve]"') from None
     from edge_align.bases import find_base
     from edge_align.profiles import ProfileStore
-    from edge_align.server.keys import Keys
+    from edge_align.server.engine import opener
+    from edge_align.server.keys import check_reach, Keys, LOOPBACK
     from edge_align.server.listen import listen, log_to_stderr
 
     home = app.home
@@ -96,7 +92,16 @@ def command(
         hosts=hosts,
     )
     keys = Keys() if api_key_file is None else Keys.load(api_key_file)
-    served = create_app(home=home, model=model, config=config, runtime=runtime, keys=keys)
+    check_reach(host, keys)
+    loading = ThreadPoolExecutor(1).submit(opener(home, model, runtime))  # while the rest is imported
+    try:
+        import uvicorn
+
+        from edge_align.server.app import create_app
+    except ImportError as error:
+        raise BackendUnavailable(f'the server needs {error.name}; run: pip install "edge-align[serve]"') from None
+
+    served = create_app(home=home, model=model, config=config, keys=keys, open_engine=loading.result)
     try:
         listener = listen(host, port)
     except OSError as error:

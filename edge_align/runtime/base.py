@@ -65,7 +65,10 @@ class Backend(Protocol):
         sampling: SamplingConfig,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[GenerationChunk]:
-        """Stream an answer to `prompt` (token ids). Raises ContextOverflow, BackendError, SessionClosed."""
+        """Stream an answer to `prompt` (token ids). Raises ContextOverflow, BackendError, SessionClosed.
+
+        Chunks without tokens may come before the first one with some: parts of a long prompt were read.
+        """
         ...
 
     def generate_batch(

@@ -1,8 +1,8 @@
-"""What is checked or counted before llama.cpp is asked: token ids, shapes of vectors, room, shared beginnings."""
+"""What is checked or counted before llama.cpp is asked: token ids, shapes of vectors, room, parts of a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,3 +43,18 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
+
+
+def part_ends(tokens: np.ndarray, is_end: Callable[[int], bool], most: int) -> list[int]:
+    """Where the parts end in which a prompt is read: after a turn, else after `most` tokens, and at its end.
+
+    All but the last depend on the tokens before them alone, so that prompts which begin alike have them in common.
+    is_end: does this token end a turn?
+    """
+    found: list[int] = []
+    start = 0
+    turns = np.flatnonzero(np.isin(tokens, [token for token in set(tokens.tolist()) if is_end(token)])) + 1
+    for stop in sorted({*turns.tolist(), len(tokens)}):
+        found += [*range(start + most, stop, most), stop]
+        start = stop
+    return found

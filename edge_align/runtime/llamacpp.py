@@ -1,14 +1,14 @@
 """The llama.cpp engine: one context for streaming answers, another, on demand, for many rows at once.
 
-What an answer may depend on is settled by one rule. A prompt's cache is filled in chunks that begin at multiples of
-PREFILL_CHUNK, and what is reused of an earlier prompt ends at such a multiple, unless the prompt is the very same.
-Reuse at arbitrary positions is faster by half a chunk but changes the chunking, and with it the order of float
-operations: on the default base logits then move by up to 0.9. With the rule they are equal to the last bit.
+What an answer may depend on is settled by one rule. A prompt is read in parts that end after a turn, or after
+PREFILL_CHUNK tokens, and what is reused of an earlier prompt ends with such a part, unless the prompt is the very same.
+Reuse up to any token is faster by a part of a part, but changes the parts, and with them the order of float operations:
+on the default base logits then move by up to 0.9. With the rule they are equal to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from edge_align.records import (
     SteeringVectors,
 )
 from edge_align.runtime.base import Backend, BackendInfo
-from edge_align.runtime.llama_checks import check_tokens, check_vectors, common_prefix, context_length
+from edge_align.runtime.llama_checks import check_tokens, check_vectors, common_prefix, context_length, part_ends
 from edge_align.runtime.llama_devices import device_of
 from edge_align.runtime.llama_native import log_softmax_top, NativeContext, NativeModel, Sampler
 from edge_align.runtime.llama_rows import Rows
@@ -135,17 +135,12 @@ class LlamaCppBackend:
     ) -> Iterator[GenerationChunk]:
         """Stream an answer. A new answer takes the context over: an unfinished one then raises BackendError.
 
+        While a long prompt is read, an empty chunk comes after every part of it but the last.
+
         Raises ContextOverflow, InputError at once; BackendError, SessionClosed while streaming.
         """
         self._check_open()
         return self._generate(self._check_prompt(prompt), check_vectors(self._model, vectors), sampling, cancelled)
-
-    def prefill(self, prompt: Sequence[int], *, cancelled: Callable[[], bool] | None = None) -> int:
-        """Fill the prompt cache ahead of time (idle time); returns how many tokens had to be computed."""
-        self._check_open()
-        tokens = self._check_prompt(prompt)
-        self._turn += 1
-        return len(tokens) - 1 - self._fill_cache(tokens[:-1], cancelled)
 
     def _generate(
         self,
@@ -166,7 +161,7 @@ class LlamaCppBackend:
         finish: FinishReason = "cancelled"
         with closing(Sampler(self._model, sampling, sampling.seed)) as sampler:
             try:
-                cached = self._fill_cache(prompt[:-1], cancelled)
+                cached = yield from self._fill_cache(prompt[:-1], cancelled)
                 prefilled = first = last = perf_counter()
                 context.set_vectors(vectors)
                 # the loop below runs once per token: everything it needs is a local
@@ -196,9 +191,7 @@ class LlamaCppBackend:
                         break
                     if text:
                         yield GenerationChunk(text, tuple(pending), logprobs=tuple(logprobs))
-                        if self._turn != turn or self._closed:
-                            self._check_open()
-                            raise BackendError("another answer was started before this one ended")
+                        self._check_turn(turn)
                         text, pending, logprobs = "", [], []
             finally:
                 if self._turn == turn and not self._closed:
@@ -242,29 +235,42 @@ class LlamaCppBackend:
         self._cached = self._cached[:0]
         self._context.clear()
 
-    def _fill_cache(self, tokens: np.ndarray, cancelled: Callable[[], bool] | None) -> int:
-        """Make the context hold exactly `tokens`, unsteered; returns how many it held before."""
-        context, chunk = self._context, self._context.n_batch
-        keep = common_prefix(self._cached, tokens)
+    def _fill_cache(
+        self, tokens: np.ndarray, cancelled: Callable[[], bool] | None
+    ) -> Generator[GenerationChunk, None, int]:
+        """Make the context hold exactly `tokens`, unsteered; returns how many it held before.
+
+        Between two parts it yields an empty chunk, so that whoever has other answers to give can do so meanwhile.
+        """
+        context, turn = self._context, self._turn
+        keep, ends = common_prefix(self._cached, tokens), part_ends(tokens, self._model.is_end, context.n_batch)
         if not keep == len(tokens) == len(self._cached):
-            keep -= keep % chunk
+            keep = max((end for end in ends[:-1] if end <= keep), default=0)
         if not context.forget(0, keep):  # also what an answer that was never ended has decoded
             keep = 0
         self._cached = self._cached[:keep]
-        try:
-            if keep < len(tokens):
+        start = keep
+        for end in (end for end in ends if end > keep):
+            if start > keep:
+                yield GenerationChunk("")
+                self._check_turn(turn)
+            if cancelled is not None and cancelled():
+                break
+            try:
                 context.set_vectors(None)
-            for start in range(keep, len(tokens), chunk):
-                if cancelled is not None and cancelled():
-                    break
-                part = tokens[start : start + chunk]
-                context.decode_span(part, start)
-                self._cached = tokens[: start + len(part)]
-        except BackendError:
-            self._cached = self._cached[:0]
-            context.clear()
-            raise
+                context.decode_span(tokens[start:end], start)
+            except BackendError:
+                self._cached = self._cached[:0]
+                context.clear()
+                raise
+            self._cached, start = tokens[:end], end
         return keep
+
+    def _check_turn(self, turn: int) -> None:
+        """After a yield: is the context still this answer's?"""
+        if self._turn != turn or self._closed:
+            self._check_open()
+            raise BackendError("another answer was started before this one ended")
 
     def _end_answer(self, start: int) -> None:
         """Drop what was decoded from position `start` on, the steered part."""

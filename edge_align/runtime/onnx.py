@@ -1,7 +1,7 @@
 """The ONNX Runtime engine, on a folder that `edge-align export onnx` made. Rows of a batch may be steered differently.
 
-As in the llama.cpp engine, a prompt's cache is filled in chunks that begin at multiples of PREFILL_CHUNK and reused up
-to such a multiple, so that an answer does not depend on what was asked before.
+A prompt's cache is filled in chunks that begin at multiples of PREFILL_CHUNK and reused up to such a multiple, so that
+an answer does not depend on what was asked before.
 """
 
 from __future__ import annotations

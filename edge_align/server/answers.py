@@ -58,6 +58,7 @@ class AnswerStore(DatabaseOwner):
             what="store of answers",
             migrations=MIGRATIONS,
             setup_lock=lambda: home.write_lock("answers"),
+            durable=False,  # every answer waits for it before its end is told, and it keeps copies, not verdicts
         )
 
     def add(self, answers: Sequence[Answer], *, now: float | None = None) -> None:

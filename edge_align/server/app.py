@@ -14,21 +14,19 @@ from starlette.responses import Response
 from edge_align import __version__
 from edge_align.bases import DEFAULT_BASE, KNOWN
 from edge_align.config import RuntimeConfig, ServerConfig
-from edge_align.errors import EdgeAlignError, InputError
+from edge_align.errors import EdgeAlignError
 from edge_align.files import check_name
 from edge_align.home import Home
 from edge_align.server import embeddings, local_api, ollama_api, openai_api, responses_api
 from edge_align.server.decoder import Decoder
 from edge_align.server.engine import Engine, opener
 from edge_align.server.guard import Guard
-from edge_align.server.keys import Keys
+from edge_align.server.keys import check_reach, Keys
 from edge_align.server.learner import Learner
 from edge_align.server.ledger import Ledger
 from edge_align.server.refusal import from_error, is_ollama, Refusal
 from edge_align.server.service import Service
 from edge_align.server.transport import Json
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _WORDS = {404: "no such route; docs/server.md lists them", 405: "this method is not served here"}
 
@@ -47,8 +45,7 @@ def create_app(
     open_engine: instead of `model` in llama.cpp. Raises InputError for an address others can reach without keys.
     """
     config, keys = config or ServerConfig(), keys or Keys()
-    if config.host not in LOOPBACK and not keys:
-        raise InputError(f"others can reach {config.host}; give --api-key-file FILE, or leave --host at 127.0.0.1")
+    check_reach(config.host, keys)
     if config.profile is not None:
         check_name("profile", config.profile)
     decoder = Decoder(open_engine or opener(home, model, runtime or RuntimeConfig()), config)

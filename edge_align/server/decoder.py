@@ -1,8 +1,9 @@
 """The one thread that owns the engine: it loads it, decodes every answer in slices, and alone touches native code.
 
 Answers wait in one bounded queue. Up to `slots` of them are unfinished at a time, each in a context of its own on the
-shared weights, and take turns of `slice_tokens`. Of those that wait, one whose profile has the fewest slots is next.
-So what an answer is depends on its own messages, profile, strength, sampling and seed, and on nothing that runs beside.
+shared weights, and take turns: `slice_tokens` are decoded, or a part of a prompt is read, so that a long prompt does
+not stop those that are being answered. Of those that wait, one whose profile has the fewest slots is next. So what an
+answer is depends on its own messages, profile, strength, sampling and seed, and on nothing that runs beside.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ class Decoder:
         while self._calls:
             self._calls.popleft()(engine)
         self._admit(engine)
-        for slot in self._slots:
+        for slot in sorted(self._slots, key=lambda slot: slot.first_sec > 0.0):  # who waits for a first token is first
             if slot.job is not None:
                 self._slice(slot)
 
@@ -218,6 +219,10 @@ class Decoder:
             self._slots.append(Slot(engine.backend.fork()))
             free = self._slots[-1:]
         return free[0] if free else None
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._slots) < self._config.slots or any(slot.job is None for slot in self._slots)
 
     def _begin(self, engine: Engine, slot: Slot, job: Job) -> None:
         try:
@@ -271,6 +276,8 @@ class Decoder:
             except Exception as error:
                 self._end(slot, error)
                 return
+            if not chunk.tokens and chunk.finish_reason is None:
+                return  # a part of a long prompt was read: as good as a slice
             slot.first_sec = slot.first_sec or time.monotonic() - slot.job.queued
             names = {}
             if chunk.logprobs:
@@ -281,7 +288,7 @@ class Decoder:
                 self._end(slot, None)
                 return
             count += len(chunk.tokens)
-            if self._calls or (self._waiting and any(other.job is None for other in self._slots)):
+            if self._calls or (self._waiting and self._has_room):
                 return
 
     def _end(self, slot: Slot, error: Exception | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TYPE_CHECKING
 
@@ -11,12 +12,12 @@ import numpy as np
 
 from edge_align.assistant import Assistant
 from edge_align.bases import BaseModel, find_base
-from edge_align.config import RuntimeConfig
+from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import EdgeAlignError, InputError
 from edge_align.home import Home
 from edge_align.pack import LatentPack
 from edge_align.profiles import ProfileStore
-from edge_align.records import Prompt, SteeringVectors
+from edge_align.records import Prompt, SteeringVectors, user_prompt
 from edge_align.registry import find_pack
 from edge_align.runtime.base import Backend
 
@@ -110,13 +111,17 @@ class Embedder:
 
 
 def opener(home: Home, model: str | None, runtime: RuntimeConfig) -> Callable[[], Engine]:
-    """A function that opens the base in llama.cpp, for the decoder's thread to call."""
+    """A function that opens the base in llama.cpp, ready for a first answer that waits for nothing but its tokens."""
 
     def open_engine() -> Engine:
         from edge_align.runtime.llamacpp import LlamaCppBackend
 
         base = find_base(model, home=home)
         backend = LlamaCppBackend.open(base.path, config=runtime)
+        with suppress(EdgeAlignError):  # what is wrong is told to whoever asks for an answer
+            greeting = backend.render(user_prompt("Hello"))  # compiles the template
+            list(backend.generate(greeting, vectors=None, sampling=SamplingConfig(max_tokens=1)))  # reads the weights
+            backend.forget_prompt()
         return Engine(backend, Shelf(home, base, backend, runtime), base, Embedder(base, runtime))
 
     return open_engine

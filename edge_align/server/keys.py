@@ -15,6 +15,7 @@ from edge_align.files import check_name, make_private_dir, read_file, shown, wri
 SIZE_LIMIT = 1 << 20  # bytes of a key file
 SHORTEST = 16  # characters of a key
 MOST = 1000  # keys
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 HEADER = """\
 # API keys of edge-align serve, one a line: KEY [PROFILE ...]
@@ -90,3 +91,9 @@ class Keys:
     def profiles(self) -> frozenset[str]:
         """Every profile that a key is bound to."""
         return frozenset(name for _, caller in self.known for name in caller.profiles)
+
+
+def check_reach(host: str, keys: Keys) -> None:
+    """Raise InputError for an address that others can reach, without keys."""
+    if host not in LOOPBACK and not keys:
+        raise InputError(f"others can reach {host}; give --api-key-file FILE, or leave --host at 127.0.0.1")

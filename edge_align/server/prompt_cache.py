@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_align.runtime.llama_checks import common_prefix
 
-WORTH_KEEPING = 64  # tokens; a shorter prompt is prefilled about as fast as it is copied
+WORTH_KEEPING = 64  # tokens; copies of every short question would push out the long prompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -44,7 +44,8 @@ def test_answers_that_take_turns_token_by_token_are_the_single_ones(backend, for
 
 def test_a_prompt_taken_over_from_another_fork_gives_the_same_logits_to_the_bit(backend, fork):
     prompt = backend.render(user_prompt("List these: " + ", ".join(f"word{i}" for i in range(60))))
-    other = [*prompt[: 2 * PREFILL_CHUNK], *backend.tokenize(" and then something else?")]
+    shared = prompt.index(2) + 1 + PREFILL_CHUNK  # the template's first turn, up to <|im_end|>, and a part of the next
+    other = [*prompt[:shared], *backend.tokenize(" and then something else?")]
     cold = answer(backend, prompt, top_logprobs=0)
     held, data = backend.held.copy(), backend.save_prompt()
     assert len(held) == len(prompt) - 1 and 10_000 < len(data) / len(held) < 40_000
@@ -56,7 +57,7 @@ def test_a_prompt_taken_over_from_another_fork_gives_the_same_logits_to_the_bit(
         reference = answer(fresh, tokens, top_logprobs=0)
         fresh.close()
         assert warm.tokens == reference.tokens
-        expected = len(prompt) - 1 if tokens is prompt else 2 * PREFILL_CHUNK
+        expected = len(prompt) - 1 if tokens is prompt else shared
         assert warm.stats.cached_tokens == expected and reference.stats.cached_tokens == 0
     assert answer(fork, prompt).tokens == cold.tokens
 

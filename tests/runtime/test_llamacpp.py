@@ -27,6 +27,19 @@ def answer(
     return join_chunks(list(backend.generate(prompt, vectors=vectors, sampling=sampling)))
 
 
+END = 2  # <|im_end|>
+
+
+def parts(tokens: Sequence[int], chunk: int) -> list[list[int]]:
+    """Tokens in the parts in which a prompt is read: a turn ends one, and so does the chunk-th token."""
+    found: list[list[int]] = [[]]
+    for token in tokens:
+        found[-1].append(token)
+        if token == END or len(found[-1]) == chunk:
+            found.append([])
+    return found if found[-1] else found[:-1]
+
+
 @pytest.fixture(scope="session")
 def prompt(backend: LlamaCppBackend) -> list[int]:
     return backend.render(user_prompt("Why is the sky blue?"))
@@ -50,8 +63,7 @@ class Naive:
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = 512, 512, 512, 1, 1
         context = C.llama_init_from_model(self.model, params)
         rows = []
-        for start in range(0, len(prompt) - 1, chunk):
-            part = prompt[:-1][start : start + chunk]
+        for part in parts(prompt[:-1], chunk):
             assert C.llama_decode(context, C.llama_batch_get_one((C.llama_token * len(part))(*part), len(part))) == 0
         if vectors is not None:
             n_layer, d = vectors.array.shape
@@ -112,8 +124,10 @@ def test_answers_do_not_depend_on_what_the_cache_holds(backend: LlamaCppBackend,
         assert got.tokens == fresh[i].tokens
         assert got.stats is not None
         reused.append(got.stats.cached_tokens)
-    assert reused[1] == (len(prompts[0]) - 5) // PREFILL_CHUNK * PREFILL_CHUNK
-    assert backend.prefill(prompts[0]) == 0
+    system = prompts[0].index(END) + 1  # tokens of the template's own first turn
+    shared = len(prompts[0]) - 5  # the end of the turn and the beginning of the answer are not
+    assert reused[1] == system + (shared - system) // PREFILL_CHUNK * PREFILL_CHUNK
+    assert reused[5] == system  # of "Hi" all but the first turn is new
 
 
 def test_an_answer_left_early_leaves_nothing_behind(
@@ -132,6 +146,30 @@ def test_an_answer_left_early_leaves_nothing_behind(
     assert answer(backend, prompt).tokens == expected.tokens
 
 
+def test_others_can_answer_between_the_parts_of_a_prompt(backend: LlamaCppBackend, prompt: list[int]) -> None:
+    long = backend.render(user_prompt(LONG))
+    backend.forget_prompt()
+    expected, beside = answer(backend, long), answer(backend, prompt)
+    fork = backend.fork()
+    chunks = []
+    for chunk in fork.generate(long, vectors=None, sampling=GREEDY):
+        chunks.append(chunk)
+        if not chunk.tokens:
+            assert answer(backend, prompt).tokens == beside.tokens
+    n = len(parts(long[:-1], PREFILL_CHUNK))
+    assert n > 3 and [bool(chunk.tokens) for chunk in chunks[:n]] == [False] * (n - 1) + [True]
+    assert join_chunks(chunks).tokens == expected.tokens
+    fork.forget_prompt()
+    left = fork.generate(long, vectors=None, sampling=GREEDY)
+    next(left)
+    assert len(fork.held) == long.index(END) + 1
+    assert answer(fork, long).tokens == expected.tokens  # goes on from the part that was read
+    with pytest.raises(BackendError, match="another answer"):
+        next(left)
+    assert answer(fork, long).tokens == expected.tokens
+    fork.close()
+
+
 def test_a_seed_fixes_the_answer(backend: LlamaCppBackend, prompt: list[int]) -> None:
     answers = [answer(backend, prompt, None, SamplingConfig(max_tokens=12, seed=seed)).tokens for seed in (1, 2, 1)]
     assert answers[0] == answers[2] != answers[1]
@@ -142,7 +180,7 @@ def test_emoji_are_never_split(backend: LlamaCppBackend) -> None:
     """Greedily going on with a row of emoji, each three tokens long; max_tokens cuts one in the middle."""
     prompt = backend.tokenize("👩‍🚀🦖" * 8)
     sampling = SamplingConfig(temperature=0.0, max_tokens=10)
-    chunks = list(backend.generate(prompt, vectors=None, sampling=sampling))
+    chunks = [chunk for chunk in backend.generate(prompt, vectors=None, sampling=sampling) if chunk.tokens]
     assert [(chunk.text, len(chunk.tokens)) for chunk in chunks[:3]] == [("👩", 3), ("\u200d", 2), ("🚀", 3)]
     assert all("�" not in chunk.text for chunk in chunks[:-1])
     last = chunks[-1]
@@ -162,12 +200,13 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(backend: LlamaCpp
 
 def test_an_answer_ends_at_end_of_text_limits_and_cancellation(backend: LlamaCppBackend, prompt: list[int]) -> None:
     short = backend.render(user_prompt("Say just: ok"))
-    ended = answer(backend, short, None, SamplingConfig(temperature=0.0, max_tokens=200))
+    soon = SamplingConfig(temperature=0.0, max_tokens=200, logit_bias=((END, 8.0),))  # this base likes to go on
+    ended = answer(backend, short, None, soon)
     assert ended.finish_reason == "stop" and len(ended.tokens) < 200
     assert "<|im_end|>" not in ended.text
     limited = answer(backend, prompt, None, SamplingConfig(temperature=0.0, max_tokens=3))
     assert (limited.finish_reason, len(limited.tokens)) == ("length", 3)
-    asked = iter([False] * 4)  # once per chunk of the prompt, then once per token
+    asked = iter([False] * 4)  # once per part of the prompt, then once per token
     cancelled = join_chunks(
         list(backend.generate(prompt, vectors=None, sampling=GREEDY, cancelled=lambda: next(asked, True)))
     )

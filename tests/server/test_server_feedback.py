@@ -11,7 +11,7 @@ from edge_align.config import ServerConfig
 from edge_align.errors import UnsupportedVersion
 from edge_align.home import Home
 from edge_align.pairs import build
-from edge_align.records import user_prompt
+from edge_align.records import FeedbackRow, user_prompt
 from edge_align.server.answers import Answer, AnswerStore
 from edge_align.store import FeedbackLog
 
@@ -186,6 +186,15 @@ def test_answers_are_kept_for_a_number_of_days_and_then_deleted(tmp_path):
         assert store.find("old", 0, owner="") is None
         assert store.find("young", 0, owner="").text == "By Archimedes."
         assert store.expire(now=now) == 1 and store.count() == 1
+
+
+def test_a_verdict_waits_for_the_disk_and_an_answer_does_not(tmp_path):
+    home = Home(tmp_path / "home")
+    with AnswerStore(home, keep_days=1) as answers, FeedbackLog(home) as log:
+        answers.add([answer()])
+        log.append("ann", [FeedbackRow(user_prompt("How?"), completion="So.", label=True)])
+        modes = [owner._db.read("PRAGMA synchronous")[0][0] for owner in (answers, log)]
+    assert modes == [1, 2]  # NORMAL, FULL
 
 
 def test_nothing_is_kept_with_keep_days_zero(tmp_path):
