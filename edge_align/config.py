@@ -114,7 +114,10 @@ class ServerConfig:
     cache_mib: int = 256  # prompts kept beside the slots' own
     keep_days: int = 30  # answers are remembered for so long, so that feedback needs only their ids
     body_bytes: int = 4 << 20
+    head_sec: float = 10.0  # for a request's headers to arrive, on a new connection or after the answer before
     body_sec: float = 30.0  # for a request's body to arrive
+    read_sec: float = 30.0  # without a client's reading anything of its answer
+    connections: int = 512
     wall_sec: float = 600.0  # for an answer, waiting included
     nesting: int = 32  # of JSON
     messages: int = 512

@@ -22,7 +22,7 @@ from edge_align.runtime.fake import FakeBackend
 from edge_align.server.app import create_app
 from edge_align.server.engine import Engine, Steering
 from edge_align.server.keys import Caller, Keys
-from edge_align.server.listen import listen
+from edge_align.server.listen import listen, settings
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "How do boats float?"}]
@@ -144,10 +144,9 @@ def serving(
     home: Home, *, open_engine: Any = None, config: ServerConfig | None = None, wait: bool = True, **more: Any
 ) -> Iterator[Live]:
     """Serve until the block ends; `wait` for the engine first."""
-    app = create_app(home=home, config=config or ServerConfig(), open_engine=open_engine, **more)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", http="h11", ws="none", loop="asyncio")
-    )
+    config = config or ServerConfig()
+    app = create_app(home=home, config=config, open_engine=open_engine, **more)
+    server = uvicorn.Server(settings(app, config))
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
