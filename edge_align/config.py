@@ -124,6 +124,8 @@ class ServerConfig:
     max_tokens: int = 4096  # of one answer
     n: int = 8  # answers of one request
     schema_bytes: int = 16 << 10
+    tools: int = 128  # functions offered with one request
+    tools_bytes: int = 64 << 10
     inputs: int = 64  # texts of one request for embeddings
     origins: tuple[str, ...] = ()  # web pages that may call, beside those of this machine
     hosts: tuple[str, ...] = ()  # names under which the server may be reached, beside this machine's own

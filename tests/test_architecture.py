@@ -101,6 +101,7 @@ edge_align.server.listen
 edge_align.server.answers
 edge_align.server.ledger
 edge_align.server.grammar
+edge_align.server.tools
 edge_align.server.asks
 edge_align.server.engine
 edge_align.server.prompt_cache

@@ -30,13 +30,13 @@ async def health(request: Request) -> Response:
 async def props(request: Request) -> Response:
     """What llama-server tells of itself, without paths."""
     service = service_of(request)
-    info = await service.decoder.call(lambda engine: engine.backend.info)
+    info, tools = await service.decoder.call(lambda engine: (engine.backend.info, engine.backend.takes_tools))
     return Json(
         {
             "default_generation_settings": {"n_ctx": info.n_ctx, "params": {"temperature": 1.0, "top_p": 0.95}},
             "total_slots": service.config.slots,
             "model_alias": service.model_id,
-            "chat_template_caps": {"supports_tools": False},
+            "chat_template_caps": {"supports_tools": tools},
             "modalities": {"vision": False, "audio": False},
             "build_info": f"edge-align {__version__}, {info.version}",
             "is_sleeping": False,

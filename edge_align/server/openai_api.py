@@ -13,6 +13,7 @@ from edge_align.server import openai_shape as shape
 from edge_align.server.decoder import Decoded
 from edge_align.server.refusal import Refusal
 from edge_align.server.service import Running, Service
+from edge_align.server.tools import CallReader
 from edge_align.server.transport import body_of, caller_of, Json, service_of, streamed, whole
 
 router = APIRouter(prefix="/v1")
@@ -51,7 +52,12 @@ async def chat_completions(request: Request) -> Response:
     if not ask.stream:
         return Json(shape.chat_response(await whole(request, running)))
     starts = [shape.chat_start(running, i) for i in range(ask.n)]
-    parts = sse_parts(running, starts, shape.chat_chunk, "chat.completion.chunk")
+    readers = [CallReader(ask.tools) for _ in range(ask.n)]
+
+    def shaped(running: Running, index: int, event: Decoded) -> list[dict[str, Any]]:
+        return shape.chat_chunk(running, index, event, readers[index])
+
+    parts = sse_parts(running, starts, shaped, "chat.completion.chunk")
     return await streamed(request, running, parts, media_type="text/event-stream", broken=shape.broken)
 
 

@@ -15,7 +15,7 @@ DRIP_SEC = 0.02
 
 
 def drip(live, data, *, first=b"", seconds=20.0):
-    """Send `first`, then `data` byte by byte for as long as the server listens; what it said, and whether it ended it."""
+    """Send `first`, then `data` byte by byte while the server listens; what it said, and whether it ended it."""
     found, deadline = b"", time.monotonic() + seconds
     with socket.create_connection(("127.0.0.1", live.port), timeout=DRIP_SEC) as connection:
         connection.sendall(first)
