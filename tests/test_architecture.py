@@ -94,6 +94,7 @@ edge_align.personalize
 edge_align.assistant
 edge_align.server
 edge_align.server.refusal
+edge_align.server.openapi
 edge_align.server.fields
 edge_align.server.keys
 edge_align.server.guard
