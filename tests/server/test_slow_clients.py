@@ -88,7 +88,7 @@ def test_a_body_that_nobody_asked_for_and_that_never_ends_is_given_up(hasty):
 def test_who_does_not_read_his_answer_is_given_up_and_its_decoding_ends(tmp_path):
     config = ServerConfig(read_sec=0.3)
     engine = fake_engine(SlowBackend(config=RuntimeConfig(n_ctx=8192)))
-    with serving(Home(tmp_path / "home"), open_engine=engine, config=config) as live:
+    with serving(Home(tmp_path / "home"), open_engine=engine, config=config, send_buffer=4096) as live:
         body = {"model": MODEL, "messages": QUESTION, "stream": True, "max_tokens": 4096, "logprobs": True}
         data = json.dumps({**body, "top_logprobs": 20}).encode()
         with socket.socket() as connection:
@@ -119,6 +119,10 @@ def test_one_connection_too_many_is_a_503_that_says_when_to_come_back(tmp_path):
 
 
 def test_what_is_not_http_is_refused_in_json(fake):
-    for data in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET /health HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+    ):
         reply, ended = drip(fake, b"\n", first=data)
         assert ended and refusal(reply)[0] == 400

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import fake_engine, MODEL, QUESTION, serving
 
@@ -19,7 +19,7 @@ from edge_align.server.tools import CallReader
 TEMPLATE = (
     "{% if tools %}<|start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|end|>{% endif %}"
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>{% endfor %}"
-    "<|start|>assistant\n"
+    "<|start|>assistant"
 )
 WEATHER = {
     "type": "function",
@@ -48,7 +48,7 @@ class Told(FakeBackend):
         return self.rendered
 
     def _logits(self, context):
-        begin = len(context) - context[::-1].index(START) + len("assistant\n")
+        begin = len(context) - context[::-1].index(START) + len("assistant")
         said = [*self.says.encode(), END]
         logits = np.full(258, -50.0)
         logits[said[len(context) - begin]] = 50.0
@@ -188,6 +188,7 @@ def test_a_template_without_tools_refuses_them_and_props_says_which_it_is(told, 
     assert ChatTemplate("{% if not tools is defined %}{% set tools = none %}{% endif %}").takes_tools
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.sampled_from([CALL, "<tool", "_call>", " ", "\n", "text", "</tool_call>", "{}"]), max_size=6), st.data()
 )
