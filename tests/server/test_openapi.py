@@ -119,3 +119,26 @@ def test_verdicts_of_any_shape_are_taken_or_refused_with_a_sentence(served, meth
         check()
     finally:
         connection.close()
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+NEEDED = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x", "id": "x", "cvectors": []}
+
+
+def numbers() -> list[tuple[str, str]]:
+    """(path, field) of every number that a body may hold."""
+    found = []
+    for path, methods in DOCUMENT["paths"].items():
+        body = methods.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json", {})
+        for name, schema in body.get("schema", {}).get("properties", {}).items():
+            if {"integer", "number"} & {*schema.get("type", [])} or name == "rating":
+                found.append((path, name))
+    return found
+
+
+@pytest.mark.parametrize(("path", "name"), numbers())
+def test_negative_and_huge_numbers_are_refused_by_a_short_sentence(fake, path, name):
+    more = {"logprobs": True} if name == "top_logprobs" else {}
+    for value in (-(10**400), 10**400, -(2**63) - 1, 2**64 + 1, 1e308, -1e308):
+        reply = fake.ask("POST", path, {**NEEDED, **more, name: value})
+        assert reply.status == 400 and 10 < len(str(reply.json["error"])) < 500, (value, reply.data)
