@@ -70,12 +70,14 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            self.app = crowded  # type: ignore[assignment]
+            self.app = crowded
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer = stopped(self._head_timer)
-        self._read_timer = stopped(self._read_timer)
+        stop(self._head_timer)
+        self._head_timer = None
+        stop(self._read_timer)
+        self._read_timer = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -93,7 +95,8 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._read_timer = stopped(self._read_timer)
+        stop(self._read_timer)
+        self._read_timer = None
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         self._refuse(bad("this is not HTTP/1.1, or its headers are too long; use an HTTP client"))
@@ -101,7 +104,8 @@ class Connection(H11Protocol):
     def _expect(self) -> None:
         """Start the timer where the next request is waited for; stop it where one is being answered."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self._head_timer = stopped(self._head_timer)
+            stop(self._head_timer)
+            self._head_timer = None
         elif self._head_timer is None and not self.transport.is_closing():
             self._head_timer = self.loop.call_later(self.limits.head_sec, self._too_slow)
 
@@ -123,8 +127,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-def stopped(timer: asyncio.TimerHandle | None) -> None:
-    """What a timer becomes that is not needed any more."""
+def stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
 

@@ -127,7 +127,7 @@ class CallReader:
         value = loaded(body.removeprefix(BEGIN).removesuffix(END))
         name = value.get("name") if isinstance(value, dict) else None
         arguments = loaded(value.get("arguments") or {}) if isinstance(value, dict) else None
-        if not isinstance(arguments, dict) or name not in names(self.tools):
+        if not isinstance(arguments, dict) or not isinstance(name, str) or name not in names(self.tools):
             return False
         self.calls.append(Call(f"call_{secrets.token_hex(12)}", name, json.dumps(arguments, ensure_ascii=False)))
         self._after_call = True
