@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -25,12 +26,12 @@ from common import (
     random_latent,
     save_latent,
 )
-from latency import ratio
 from serving import Body, chat, edge_align, llama_cpp_server, load, questions, Reply
 from serving_learning import learning, NAME, person
 from serving_soak import soak
 
 from edge_align.simulation.prompts import prompts
+from edge_align.speed import paired_ratio
 
 SYSTEM_TOKENS = 1000
 
@@ -98,7 +99,7 @@ def equality(bench: Bench) -> dict[str, Any]:
         "errors": errors,
         "different": different,
         "tokens_per_sec": {arm: median(values) for arm, values in speeds.items()},
-        "profiles_over_base": ratio(speeds["profiles"], speeds["base"]),
+        "profiles_over_base": asdict(paired_ratio(speeds["profiles"], speeds["base"])),
         "ttft_sec": {arm: spread(values) for arm, values in waits.items()},
     }
 
@@ -136,9 +137,9 @@ def against(bench: Bench) -> dict[str, Any]:
                     "requests": args.rounds * (2 * clients + 2),
                     "errors": errors,
                     "tokens_per_sec": {name: median(values) for name, values in speeds.items()},
-                    "tokens_ours_over_theirs": ratio(speeds["ours"], speeds["theirs"]),
+                    "tokens_ours_over_theirs": asdict(paired_ratio(speeds["ours"], speeds["theirs"])),
                     "ttft_sec": {name: median(values) for name, values in waits.items()},
-                    "ttft_ours_over_theirs": ratio(waits["ours"], waits["theirs"]),
+                    "ttft_ours_over_theirs": asdict(paired_ratio(waits["ours"], waits["theirs"])),
                 }
             )
     return {"tokens": args.tokens, "rows": rows}
@@ -175,7 +176,7 @@ def prefix(bench: Bench) -> dict[str, Any]:
         "prompt_tokens": median(sizes),
         "cached_tokens": median(cached),
         "ttft_sec": {arm: median(values) for arm, values in seconds.items()},
-        "second_over_cold": ratio(seconds["second"], seconds["cold"]),
+        "second_over_cold": asdict(paired_ratio(seconds["second"], seconds["cold"])),
     }
 
 

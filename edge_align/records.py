@@ -6,15 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TYPE_CHECKING
+from typing import Any, Literal, TYPE_CHECKING
 
 from edge_align.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+"""Who speaks in feedback. A `tool` turn is what a function gave back, in the server alone."""
+
+Tools = tuple[dict[str, Any], ...]
+"""Functions that a model may call, each as {"type": "function", "function": {"name", "description", "parameters"}}."""
 
 Origin = Literal["preference", "edit", "siblings", "retry", "compare", "opposed", "thumb"]
 """How a row came about. `siblings`: two answers of one chat export with opposite verdicts; `retry`: a rated
@@ -30,7 +34,7 @@ class Message:
     content: str
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
+        if self.role not in (*ROLES, "tool"):
             raise InputError(f"unknown role {self.role!r}; roles are {', '.join(ROLES)}")
 
 

@@ -95,6 +95,7 @@ edge_align.personalize
 edge_align.assistant
 edge_align.server
 edge_align.server.refusal
+edge_align.server.openapi
 edge_align.server.fields
 edge_align.server.keys
 edge_align.server.guard
@@ -102,6 +103,7 @@ edge_align.server.listen
 edge_align.server.answers
 edge_align.server.ledger
 edge_align.server.grammar
+edge_align.server.tools
 edge_align.server.asks
 edge_align.server.engine
 edge_align.server.prompt_cache

@@ -74,7 +74,7 @@ def command(
     from edge_align.profiles import ProfileStore
     from edge_align.server.engine import opener
     from edge_align.server.keys import check_reach, Keys, LOOPBACK
-    from edge_align.server.listen import listen, log_to_stderr
+    from edge_align.server.listen import listen, log_to_stderr, settings
 
     home = app.home
     find_base(model, home=home)  # a wrong --model is said at once
@@ -117,17 +117,4 @@ def command(
         if host not in LOOPBACK:
             say("Warning: others can reach it, and nothing is encrypted; put it behind a proxy with TLS.")
         log_to_stderr()
-        settings = uvicorn.Config(
-            served,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            limit_concurrency=512,
-            h11_max_incomplete_event_size=64 << 10,
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            timeout_graceful_shutdown=5,
-        )
-        uvicorn.Server(settings).run(sockets=[listener])
+        uvicorn.Server(settings(served, config)).run(sockets=[listener])

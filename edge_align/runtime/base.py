@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable, TYPE_CHECKING
 
 from edge_align.config import SamplingConfig
 from edge_align.errors import BackendUnavailable
-from edge_align.records import Completion, GenerationChunk, Prompt, SteeringVectors
+from edge_align.records import Completion, GenerationChunk, Prompt, SteeringVectors, Tools
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,8 +53,16 @@ class Backend(Protocol):
         """Text of `tokens`, control tokens left out."""
         ...
 
-    def render(self, prompt: Prompt) -> list[int]:
-        """Token ids of a conversation under the model's chat template, up to where the answer begins."""
+    @property
+    def takes_tools(self) -> bool:
+        """Does the model's chat template read tools?"""
+        ...
+
+    def render(self, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
+        """Token ids of a conversation under the model's chat template, up to where the answer begins.
+
+        Raises InputError for tools, or a turn of one, where the template has none.
+        """
         ...
 
     def generate(

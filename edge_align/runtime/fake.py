@@ -23,10 +23,12 @@ from edge_align.records import (
     Prompt,
     SteeringVectors,
     TokenLogprob,
+    Tools,
 )
 from edge_align.runtime.base import BackendInfo
 from edge_align.runtime.sampling import draw
 from edge_align.runtime.stream_text import TextStream
+from edge_align.runtime.template import NO_TOOLS
 
 N_VOCAB, START, END = 258, 256, 257
 _CONTROL = {"<|start|>": START, "<|end|>": END}
@@ -78,8 +80,14 @@ class FakeBackend:
         self._check_open()
         return bytes(t for t in self._check_tokens(tokens) if t < 256).decode("utf-8", "replace")
 
-    def render(self, prompt: Prompt) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        return False
+
+    def render(self, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
         self._check_open()
+        if tools or any(message.role == "tool" for message in prompt):
+            raise InputError(NO_TOOLS)
         turns = [[START, *self.tokenize(f"{m.role}\n{m.content}"), END] for m in prompt]
         return [*(token for turn in turns for token in turn), START, *self.tokenize("assistant\n")]
 

@@ -25,6 +25,7 @@ from edge_align.records import (
     GenerationStats,
     Prompt,
     SteeringVectors,
+    Tools,
 )
 from edge_align.runtime.base import Backend, BackendInfo
 from edge_align.runtime.llama_checks import check_tokens, check_vectors, common_prefix, context_length, part_ends
@@ -102,17 +103,22 @@ class LlamaCppBackend:
         ids = check_tokens(self._model, tokens, "token list")
         return b"".join(map(self._model.piece, ids.tolist())).decode("utf-8", "replace")
 
-    def render(self, prompt: Prompt) -> list[int]:
+    def render(self, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
         """Token ids of a conversation under the GGUF's chat template. Texts in messages never become control tokens."""
         self._check_open()
         model = self._model
         return render_tokens(
             self.template,
             prompt,
+            tools,
             tokenize=model.tokenize,
             control=lambda: model.control_pattern,
             bos=model.bos if model.adds_bos else None,
         )
+
+    @property
+    def takes_tools(self) -> bool:
+        return self.template.takes_tools
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -18,7 +18,15 @@ import numpy as np
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import BackendError, ContextOverflow, InputError, SessionClosed
 from edge_align.onnx_files import DECODER, OnnxModel, read_export, TEMPLATE, TOKENIZER
-from edge_align.records import Completion, FinishReason, GenerationChunk, GenerationStats, Prompt, SteeringVectors
+from edge_align.records import (
+    Completion,
+    FinishReason,
+    GenerationChunk,
+    GenerationStats,
+    Prompt,
+    SteeringVectors,
+    Tools,
+)
 from edge_align.runtime.base import BackendInfo
 from edge_align.runtime.onnx_session import check_graph, library, OnnxDecoder, open_session
 from edge_align.runtime.sampling import draw
@@ -107,16 +115,21 @@ class OnnxBackend:
         self._open_decoder()
         return self._tokenizer.detokenize(self._check_tokens(tokens, "token list").tolist())
 
-    def render(self, prompt: Prompt) -> list[int]:
+    def render(self, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
         """Token ids of a conversation under the model's template. Texts in messages never become control tokens."""
         self._open_decoder()
         return render_tokens(
             self.template,
             prompt,
+            tools,
             tokenize=self._tokenizer.tokenize,
             control=lambda: self._tokenizer.control_pattern,
             bos=self._model.bos if self._model.adds_bos else None,
         )
+
+    @property
+    def takes_tools(self) -> bool:
+        return self.template.takes_tools
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jinja2 import meta
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge_align.errors import InputError, ModelLoadError
-from edge_align.records import Prompt
+from edge_align.records import Prompt, Tools
 
 SOURCE_LIMIT = 64 * 1024  # characters of a template
 GROWTH_LIMIT = 1 << 20  # characters that a template may add to the conversation
 STEP_LIMIT = 100_000  # numbers that all calls of range() together may give
 TIME_LIMIT_SEC = 5.0
+NO_TOOLS = "this model's chat template has no tools; leave out tools and messages of role tool"
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -39,7 +41,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled template. `reason` says where it came from.
+    """A compiled template. `reason` says where it came from, `takes_tools` whether it reads a list of tools.
 
     Raises ModelLoadError when it is too long or is not a template.
     """
@@ -57,18 +59,28 @@ class ChatTemplate:
             raise_exception=_refuse, strftime_now=time.strftime, bos_token=bos_token, eos_token=eos_token
         )
         try:
-            self._template = environment.from_string(source)
+            parsed = environment.parse(source)
+            self.takes_tools = "tools" in meta.find_undeclared_variables(parsed)
+            self._template = environment.from_string(parsed)
         except (TemplateError, RecursionError) as error:
             raise ModelLoadError(f"the model's chat template is broken: {_one_line(error)}") from error
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as one text. Raises InputError when the template refuses it or passes its bounds."""
+    def render(
+        self, messages: list[dict[str, str]], *, tools: Sequence[Any] = (), add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as one text.
+
+        Raises InputError when the template refuses it, passes its bounds, or has no tools where there are some.
+        """
+        if (tools or any(message["role"] == "tool" for message in messages)) and not self.takes_tools:
+            raise InputError(NO_TOOLS)
         limit = GROWTH_LIMIT + 4 * sum(len(message["content"]) for message in messages)
         deadline = time.monotonic() + TIME_LIMIT_SEC
+        given = {"tools": [*tools]} if tools else {}
         parts, size = [], 0
         try:
             for part in self._template.generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, range=_budgeted_range()
+                messages=messages, add_generation_prompt=add_generation_prompt, range=_budgeted_range(), **given
             ):
                 parts.append(part)
                 size += len(part)
@@ -81,17 +93,20 @@ class ChatTemplate:
         return "".join(parts)
 
 
-def render_segments(template: ChatTemplate, prompt: Prompt, control: re.Pattern[str] | None) -> list[tuple[str, bool]]:
+def render_segments(
+    template: ChatTemplate, prompt: Prompt, control: re.Pattern[str] | None, tools: Tools = ()
+) -> list[tuple[str, bool]]:
     """The rendered conversation as (text, special) pieces: control tokens are parsed in special pieces only.
 
-    `control` matches every text that the tokenizer would read as a control token. Such a text inside a message is
-    replaced by a unique mark before rendering and comes back as a piece of plain text. A conversation without any
-    (None, or no match) is one special piece: exactly the template's own rendering.
+    `control` matches every text that the tokenizer would read as a control token. Such a text inside a message or a
+    tool is replaced by a unique mark before rendering and comes back as a piece of plain text. A conversation without
+    any (None, or no match) is one special piece: exactly the template's own rendering.
     """
     messages = [{"role": message.role, "content": message.content} for message in prompt]
-    if control is None or not any(control.search(message["content"]) for message in messages):
-        return [(template.render(messages), True)]
-    mark = _unused_mark([message["content"] for message in messages])
+    texts = [message["content"] for message in messages] + [*_texts(tools)]
+    if control is None or not any(map(control.search, texts)):
+        return [(template.render(messages, tools=tools), True)]
+    mark = _unused_mark(texts)
     hidden: list[str] = []
 
     def hide(match: re.Match[str]) -> str:
@@ -100,26 +115,53 @@ def render_segments(template: ChatTemplate, prompt: Prompt, control: re.Pattern[
 
     for message in messages:
         message["content"] = control.sub(hide, message["content"])
-    pieces = re.split(f"{mark}([0-9]+){mark[0]}", template.render(messages))
+    hiding = _mapped(tools, lambda text: control.sub(hide, text))
+    pieces = re.split(f"{mark}([0-9]+){mark[0]}", template.render(messages, tools=hiding))
     return [(hidden[int(text)], False) if i % 2 else (text, True) for i, text in enumerate(pieces) if text]
 
 
 def render_tokens(
     template: ChatTemplate,
     prompt: Prompt,
+    tools: Tools = (),
     *,
     tokenize: Callable[..., list[int]],
     control: Callable[[], re.Pattern[str] | None],
     bos: int | None,
 ) -> list[int]:
-    """Token ids of a conversation; texts in messages never become control tokens. `bos`: to begin with, if not None.
+    """Token ids of a conversation; texts of messages and tools never become control tokens.
+
+    `bos`: to begin with, if not None.
 
     `tokenize(text, special=...)` as in the Backend protocol; `control()` as in `render_segments`, asked when needed.
     """
-    suspicious = any(tokenize(m.content, special=True) != tokenize(m.content, special=False) for m in prompt)
-    segments = render_segments(template, prompt, control() if suspicious else None)
+    texts = [*(message.content for message in prompt), *_texts(tools)]
+    suspicious = any(tokenize(text, special=True) != tokenize(text, special=False) for text in texts)
+    segments = render_segments(template, prompt, control() if suspicious else None, tools)
     tokens = [token for text, special in segments for token in tokenize(text, special=special)]
     return [bos, *tokens] if bos is not None and tokens[:1] != [bos] else tokens
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, the names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with `change` made to every string in it."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name): _mapped(one, change) for name, one in value.items()}
+    return [_mapped(one, change) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _unused_mark(texts: list[str]) -> str:

@@ -24,6 +24,7 @@ from edge_align.server.guard import Guard
 from edge_align.server.keys import check_reach, Keys
 from edge_align.server.learner import Learner
 from edge_align.server.ledger import Ledger
+from edge_align.server.openapi import refusals
 from edge_align.server.refusal import from_error, is_ollama, Refusal
 from edge_align.server.service import Service
 from edge_align.server.transport import Json
@@ -83,7 +84,7 @@ def create_app(
     app.add_exception_handler(EdgeAlignError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     for part in (openai_api, responses_api, embeddings, ollama_api, local_api):
-        app.include_router(part.router)
+        app.include_router(part.router, responses=refusals(ollama=part is ollama_api))
     return Guard(app, config=config, keys=keys)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from edge_align.config import SamplingConfig, ServerConfig, STRENGTH_LIMIT
 from edge_align.errors import InputError
 from edge_align.feedback.fields import brief
-from edge_align.records import check_text, Message, Prompt, user_prompt
+from edge_align.records import check_text, Message, Prompt, Tools, user_prompt
 from edge_align.server import fields
+from edge_align.server import tools as tool_calls
 from edge_align.server.fields import Body
 from edge_align.server.refusal import bad
 
@@ -46,16 +47,22 @@ class Ask:
     include_usage: bool = False
     wanted: Wanted = field(default_factory=Wanted)
     schema: str | None = None  # JSON schema of the answer
+    tools: Tools = ()
 
     @property
     def conversation(self) -> Prompt:
         """What is kept as the question of a verdict; empty where there are only token ids."""
         return self.prompt or (user_prompt(self.text) if self.text else ())
 
+    def judged(self, text: str) -> bool:
+        """Can a verdict on the answer `text` be learnt from? Not on a call, nor on what is said of its result."""
+        called = any(message.role == "tool" for message in self.prompt) or (self.tools and tool_calls.BEGIN in text)
+        return bool(self.conversation and text.strip() and not called)
+
 
 def chat(body: Body, config: ServerConfig) -> Ask:
     """/v1/chat/completions. Unknown fields are ignored. Raises Refusal."""
-    refuse_tools(body)
+    tools = tool_calls.offered(body, config)
     if body.get("modalities") not in (None, ["text"]) or body.get("audio") is not None:
         raise bad("only text can be answered; leave out modalities and audio", param="modalities")
     sampling = sampled(body, config)
@@ -63,7 +70,8 @@ def chat(body: Body, config: ServerConfig) -> Ask:
         sampling = replace(sampling, top_logprobs=fields.integer(body, "top_logprobs", 0, 20) or 0)
     elif body.get("top_logprobs") is not None:
         raise bad("top_logprobs needs logprobs: true", param="top_logprobs")
-    return common(body, config, sampling, prompt=messages(body, config), schema=response_schema(body, config))
+    ask = common(body, config, sampling, prompt=messages(body, config), schema=response_schema(body, config))
+    return replace(ask, tools=tools)
 
 
 def completions(body: Body, config: ServerConfig) -> list[Ask]:
@@ -176,7 +184,7 @@ def logit_bias(body: Body) -> tuple[tuple[int, float], ...]:
 
 
 def messages(body: Body, config: ServerConfig) -> Prompt:
-    """The conversation. `developer` is `system`; what has no text, and turns of tools, are refused."""
+    """The conversation. `developer` is `system`; what has no text is refused."""
     given = fields.items(body, "messages", most=config.messages)
     if not given:
         raise bad("messages is missing or empty; send at least one message of role user", param="messages")
@@ -190,10 +198,12 @@ def message(value: object, name: str) -> Message:
     if not isinstance(value, dict):
         raise bad(f"{name} is not an object with role and content", param="messages")
     role: Any = "system" if value.get("role") == "developer" else value.get("role")
-    if role == "tool" or role == "function" or value.get("tool_calls"):
-        raise bad(f"{name} belongs to a tool; this model's template has no tools", param="messages")
-    if role not in ("system", "user", "assistant"):
-        raise bad(f"{name} has role {brief(role)}; use system, user or assistant", param="messages")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise bad(f"{name} has role {brief(role)}; use system, user, assistant or tool", param="messages")
+    if role == "assistant" and value.get("tool_calls"):
+        said = content(value["content"], name) if value.get("content") else ""
+        calls = tool_calls.written(value["tool_calls"], name)
+        return Message(role, usable(f"{said}\n{calls}" if said else calls, name))
     return Message(role, usable(content(value.get("content"), name), name))
 
 
@@ -221,8 +231,9 @@ def usable(text: str, name: str) -> str:
 
 
 def refuse_tools(body: Body) -> None:
+    """For the protocols whose tools are not served."""
     if (body.get("tools") or body.get("functions")) and body.get("tool_choice") != "none":
-        raise bad("this model's chat template has no tools; leave out tools", param="tools", code="unsupported_value")
+        raise bad("tools are served by /v1/chat/completions alone; use it, or leave out tools", param="tools")
 
 
 def response_schema(body: Body, config: ServerConfig) -> str | None:

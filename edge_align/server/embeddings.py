@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edge_align.config import ServerConfig
-from edge_align.server import asks, fields
+from edge_align.server import asks, fields, openapi
 from edge_align.server.engine import Engine
+from edge_align.server.openapi import takes
 from edge_align.server.refusal import bad, Refusal
 from edge_align.server.service import Service
 from edge_align.server.transport import body_of, Json, service_of
@@ -47,6 +48,8 @@ async def embed(service: Service, texts: Sequence[Input]) -> tuple[list[list[flo
             if engine.embed is None:
                 raise Refusal(400, "this engine makes no embeddings", code="unsupported_value")
             tokens = [*text] if isinstance(text, tuple) else engine.backend.tokenize(text)
+            if not all(0 <= token < engine.backend.info.n_vocab for token in tokens):
+                raise bad("a token id lies outside the vocabulary; send texts", param="input")
             if len(tokens) > engine.backend.info.n_ctx:
                 raise bad(f"a text is longer than {engine.backend.info.n_ctx} tokens; split it", param="input")
             return [float(x) for x in engine.embed(tokens or [0])], len(tokens)
@@ -57,7 +60,7 @@ async def embed(service: Service, texts: Sequence[Input]) -> tuple[list[list[flo
     return vectors, count
 
 
-@router.post("/embeddings")
+@router.post("/embeddings", **takes(openapi.EMBEDDINGS))
 async def embeddings(request: Request) -> Response:
     service, body = service_of(request), body_of(request)
     form = fields.choice(body, "encoding_format", ("float", "base64")) or "float"

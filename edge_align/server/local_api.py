@@ -10,9 +10,10 @@ from starlette.responses import PlainTextResponse, Response
 from edge_align import __version__
 from edge_align.config import STRENGTH_LIMIT
 from edge_align.errors import InputError
-from edge_align.server import fields
+from edge_align.server import fields, openapi
 from edge_align.server.keys import Caller
 from edge_align.server.ledger import PAGE, verdict
+from edge_align.server.openapi import answers, takes
 from edge_align.server.refusal import bad, Refusal
 from edge_align.server.service import FALLBACK_PROFILE, Service
 from edge_align.server.transport import body_of, caller_of, Json, service_of
@@ -30,13 +31,13 @@ async def health(request: Request) -> Response:
 async def props(request: Request) -> Response:
     """What llama-server tells of itself, without paths."""
     service = service_of(request)
-    info = await service.decoder.call(lambda engine: engine.backend.info)
+    info, tools = await service.decoder.call(lambda engine: (engine.backend.info, engine.backend.takes_tools))
     return Json(
         {
             "default_generation_settings": {"n_ctx": info.n_ctx, "params": {"temperature": 1.0, "top_p": 0.95}},
             "total_slots": service.config.slots,
             "model_alias": service.model_id,
-            "chat_template_caps": {"supports_tools": False},
+            "chat_template_caps": {"supports_tools": tools},
             "modalities": {"vision": False, "audio": False},
             "build_info": f"edge-align {__version__}, {info.version}",
             "is_sleeping": False,
@@ -44,7 +45,7 @@ async def props(request: Request) -> Response:
     )
 
 
-@router.get("/metrics")
+@router.get("/metrics", **answers("text/plain"))
 async def metrics(request: Request) -> Response:
     service = service_of(request)
     running, waiting = service.decoder.load
@@ -84,7 +85,7 @@ async def profile(request: Request, name: str) -> Response:
     return Json({**await summary(service, name), "history": shown})
 
 
-@router.post("/v1/profiles/{name}/undo")
+@router.post("/v1/profiles/{name}/undo", **takes(openapi.OBJECT))
 async def undo(request: Request, name: str) -> Response:
     """Go back to the version that was active before."""
     service = service_of(request)
@@ -96,7 +97,7 @@ async def undo(request: Request, name: str) -> Response:
     return Json(await summary(service, name))
 
 
-@router.post("/v1/profiles/{name}/learn")
+@router.post("/v1/profiles/{name}/learn", status_code=202, **takes(openapi.OBJECT))
 async def learn(request: Request, name: str) -> Response:
     """Refit now, whatever is new; GET /v1/profiles/NAME tells how it went."""
     service = service_of(request)
@@ -126,15 +127,18 @@ async def cvectors(request: Request) -> Response:
     return Json(vectors(service_of(request), caller_of(request)))
 
 
-@router.post("/cvectors")
+@router.post("/cvectors", **takes(openapi.CVECTORS))
 async def set_cvectors(request: Request) -> Response:
     """{"cvectors": [{"id", "scale"}]}: the profile that requests get when they name none; those left out get 0."""
     service, caller = service_of(request), caller_of(request)
     if caller.bound:
         raise Refusal(403, "this API key is bound to its profiles and cannot change the default", code="forbidden")
     names = service.profiles(caller)
+    given = fields.items(body_of(request), "cvectors", most=1000)
+    if given is None:
+        raise bad('send {"cvectors": [{"id", "scale"}]}; an empty list switches all of them off', param="cvectors")
     chosen = []
-    for entry in fields.items(body_of(request), "cvectors", most=1000) or []:
+    for entry in given:
         if not isinstance(entry, dict):
             raise bad("cvectors must be a list of objects with id and scale", param="cvectors")
         number = fields.integer(entry, "id", 0, 1_000_000)
@@ -159,7 +163,7 @@ def vectors(service: Service, caller: Caller) -> list[dict[str, Any]]:
 
 
 # -- feedback ----------------------------------------------------------------------------------------------------------
-@router.post("/v1/feedback")
+@router.post("/v1/feedback", **takes(openapi.FEEDBACK))
 async def give_feedback(request: Request) -> Response:
     """A verdict on an answer of the last days, by its id."""
     service = service_of(request)
@@ -194,7 +198,7 @@ def whole_number(text: str | None, name: str) -> int | None:
     return int(text)
 
 
-@router.delete("/v1/feedback")
+@router.delete("/v1/feedback", **takes(openapi.FORGET))
 async def forget_feedback(request: Request) -> Response:
     """{"profile", and one of "rows": [numbers], "matching": text, "everything": true}: erased for good."""
     service, body = service_of(request), body_of(request)

@@ -12,11 +12,12 @@ from starlette.responses import PlainTextResponse, Response
 
 from edge_align.config import ServerConfig
 from edge_align.records import user_prompt
-from edge_align.server import asks, fields
+from edge_align.server import asks, fields, openapi
 from edge_align.server.asks import Ask
 from edge_align.server.embeddings import embed, texts_of
 from edge_align.server.fields import Body
 from edge_align.server.guard import dump_json
+from edge_align.server.openapi import answers, takes
 from edge_align.server.refusal import bad, Refusal
 from edge_align.server.service import Running, Service
 from edge_align.server.transport import body_of, caller_of, Json, service_of, streamed, whole
@@ -28,7 +29,7 @@ OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "se
 OPTIONS |= {"presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty"}
 
 
-@router.get("/")
+@router.get("/", **answers("text/plain"))
 @router.head("/", include_in_schema=False)
 async def alive() -> Response:
     return PlainTextResponse("Ollama is running")
@@ -56,7 +57,7 @@ async def ps(request: Request) -> Response:
     return Json({"models": [entry]})
 
 
-@router.post("/api/show")
+@router.post("/api/show", **takes(openapi.OLLAMA_SHOW))
 async def show(request: Request) -> Response:
     service, body = service_of(request), body_of(request)
     name = model_of(body) or service.model_id
@@ -109,7 +110,7 @@ def model_of(body: Body) -> str | None:
     return None if name is None else name.removesuffix(":latest")
 
 
-@router.post("/api/chat")
+@router.post("/api/chat", **takes(openapi.OLLAMA_CHAT, streams="application/x-ndjson"))
 async def chat(request: Request) -> Response:
     service, body = service_of(request), body_of(request)
     if not body.get("messages"):
@@ -118,19 +119,19 @@ async def chat(request: Request) -> Response:
     return await answer(request, ask_of(body, service.config, prompt=asks.messages(body, service.config)), "message")
 
 
-@router.post("/api/generate")
+@router.post("/api/generate", **takes(openapi.OLLAMA_GENERATE, streams="application/x-ndjson"))
 async def generate(request: Request) -> Response:
     service, body = service_of(request), body_of(request)
     if body.get("images") or body.get("suffix"):
         raise bad("only text is answered; leave out images and suffix")
-    prompt = fields.text(body, "prompt")
+    prompt, system = fields.text(body, "prompt"), fields.text(body, "system") or None
+    raw = fields.flag(body, "raw")
     if not prompt:
         return await loaded(request, service, {"response": ""})
     asks.usable(prompt, "prompt")
-    if fields.flag(body, "raw"):
+    if raw:
         ask = ask_of(body, service.config, text=prompt)
     else:
-        system = fields.text(body, "system") or None
         if system is not None:
             asks.usable(system, "system")
         ask = ask_of(body, service.config, prompt=user_prompt(prompt, system=system))
@@ -140,7 +141,7 @@ async def generate(request: Request) -> Response:
 async def loaded(request: Request, service: Service, content: dict[str, Any]) -> Response:
     """A request without a prompt asks for the model to be loaded, which it is."""
     service.decoder.check()
-    name = model_of(body_of(request)) or service.model_id
+    name = ask_of(body_of(request), service.config).model or service.model_id
     return Json({"model": name, "created_at": now(), **content, "done": True, "done_reason": "load"})
 
 
@@ -211,17 +212,18 @@ def last(running: Running, kind: str, text: str, started: int) -> dict[str, Any]
     }
 
 
-@router.post("/api/embed")
+@router.post("/api/embed", **takes(openapi.OLLAMA_EMBED))
 async def api_embed(request: Request) -> Response:
     service, body = service_of(request), body_of(request)
     vectors, count = await embed(service, texts_of(body.get("input"), service.config))
     return Json({"model": model_of(body), "embeddings": vectors, "total_duration": 0, "prompt_eval_count": count})
 
 
-@router.post("/api/embeddings")
+@router.post("/api/embeddings", **takes(openapi.OLLAMA_EMBEDDINGS))
 async def api_embeddings(request: Request) -> Response:
     """The older form: one text under `prompt`."""
     service, body = service_of(request), body_of(request)
+    model_of(body)  # checked, and the only one there is
     vectors, _ = await embed(service, texts_of(body.get("prompt"), service.config))
     return Json({"embedding": vectors[0]})
 

@@ -8,11 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from edge_align.server import asks
+from edge_align.server import asks, openapi
 from edge_align.server import openai_shape as shape
 from edge_align.server.decoder import Decoded
+from edge_align.server.openapi import takes
 from edge_align.server.refusal import Refusal
 from edge_align.server.service import Running, Service
+from edge_align.server.tools import CallReader
 from edge_align.server.transport import body_of, caller_of, Json, service_of, streamed, whole
 
 router = APIRouter(prefix="/v1")
@@ -43,7 +45,7 @@ def model(service: Service, id: str) -> dict[str, Any]:
     return {"id": id, "object": "model", "created": service.started, "owned_by": "edge-align"}
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", **takes(openapi.CHAT, streams="text/event-stream"))
 async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     ask = asks.chat(body_of(request), service.config)
@@ -51,11 +53,16 @@ async def chat_completions(request: Request) -> Response:
     if not ask.stream:
         return Json(shape.chat_response(await whole(request, running)))
     starts = [shape.chat_start(running, i) for i in range(ask.n)]
-    parts = sse_parts(running, starts, shape.chat_chunk, "chat.completion.chunk")
+    readers = [CallReader(ask.tools) for _ in range(ask.n)]
+
+    def shaped(running: Running, index: int, event: Decoded) -> list[dict[str, Any]]:
+        return shape.chat_chunk(running, index, event, readers[index])
+
+    parts = sse_parts(running, starts, shaped, "chat.completion.chunk")
     return await streamed(request, running, parts, media_type="text/event-stream", broken=shape.broken)
 
 
-@router.post("/completions")
+@router.post("/completions", **takes(openapi.COMPLETION, streams="text/event-stream"))
 async def completions(request: Request) -> Response:
     service = service_of(request)
     found = asks.completions(body_of(request), service.config)

@@ -9,6 +9,7 @@ from edge_align.server.decoder import Decoded
 from edge_align.server.guard import dump_json
 from edge_align.server.refusal import Refusal
 from edge_align.server.service import Running
+from edge_align.server.tools import Call, CallReader
 
 DONE = b"data: [DONE]\n\n"
 
@@ -84,13 +85,17 @@ def text_logprobs(found: list[TokenLogprob], names: dict[int, str]) -> dict[str,
 def chat_response(running: Running) -> dict[str, Any]:
     choices = []
     for i, choice in enumerate(running.choices):
-        asked = running.asks[i].sampling.top_logprobs is not None
+        asked, reader = running.asks[i].sampling.top_logprobs is not None, CallReader(running.asks[i].tools)
+        text = reader.feed("".join(choice.text)) + reader.finish()
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reader.calls:
+            message |= {"content": text or None, "tool_calls": [tool_call(call) for call in reader.calls]}
         choices.append(
             {
                 "index": i,
-                "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+                "message": message,
                 "logprobs": chat_logprobs(choice.logprobs, choice.names) if asked else None,
-                "finish_reason": running.finish_reason(i),
+                "finish_reason": "tool_calls" if reader.calls else running.finish_reason(i),
             }
         )
     return whole(running, "chat.completion", choices)
@@ -121,16 +126,25 @@ def whole(running: Running, kind: str, choices: list[dict[str, Any]]) -> dict[st
     }
 
 
-def chat_chunk(running: Running, index: int, event: Decoded) -> list[dict[str, Any]]:
-    """The chunks of one decoded piece; the end of a choice is a chunk of its own."""
+def tool_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def chat_chunk(running: Running, index: int, event: Decoded, reader: CallReader) -> list[dict[str, Any]]:
+    """The chunks of one decoded piece; a call of a tool, and the end of a choice, are each a chunk of its own."""
     chunk, base = event.chunk, head(running, "chat.completion.chunk")
+    before = len(reader.calls)
+    text = reader.feed(chunk.text) + ("" if chunk.finish_reason is None else reader.finish())
     asked = running.asks[index].sampling.top_logprobs is not None
     logprobs = chat_logprobs([*chunk.logprobs], event.names) if asked else None
     found = []
-    if chunk.text or chunk.logprobs:
-        found.append(_chat(base, index, {"content": chunk.text}, logprobs, None))
+    if text or chunk.logprobs:
+        found.append(_chat(base, index, {"content": text}, logprobs, None))
+    for i, call in enumerate(reader.calls[before:], before):
+        found.append(_chat(base, index, {"tool_calls": [{"index": i, **tool_call(call)}]}, None, None))
     if chunk.finish_reason is not None:
-        last = _chat(base, index, {}, None, running.finish_reason(index))
+        finish = "tool_calls" if reader.calls else running.finish_reason(index)
+        last = _chat(base, index, {}, None, finish)
         found.append(last | {"timings": timings(chunk.stats), "edge_align": running.about})
     return found
 

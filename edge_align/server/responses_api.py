@@ -9,10 +9,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edge_align.config import ServerConfig
-from edge_align.server import asks, fields
+from edge_align.server import asks, fields, openapi
 from edge_align.server.asks import Ask
 from edge_align.server.fields import Body
 from edge_align.server.guard import dump_json
+from edge_align.server.openapi import takes
 from edge_align.server.refusal import bad, Refusal
 from edge_align.server.service import Running
 from edge_align.server.transport import body_of, caller_of, Json, service_of, streamed, whole
@@ -20,7 +21,7 @@ from edge_align.server.transport import body_of, caller_of, Json, service_of, st
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/responses")
+@router.post("/responses", **takes(openapi.RESPONSE, streams="text/event-stream"))
 async def responses(request: Request) -> Response:
     service = service_of(request)
     ask = ask_of(body_of(request), service.config)

@@ -123,9 +123,7 @@ class Running:
             [
                 Answer(self.id, i, self.caller.owner, name, ask.conversation, text, self._service.model_id)
                 for i, ask in enumerate(self.asks)
-                if not self.jobs[i].gone.is_set()
-                and ask.conversation
-                and (text := "".join(self.choices[i].text)).strip()
+                if not self.jobs[i].gone.is_set() and ask.judged(text := "".join(self.choices[i].text))
             ]
         )
 
@@ -228,7 +226,7 @@ class Service:
         def prepare(engine: Engine) -> Plan:
             backend = engine.backend
             if ask.prompt:
-                tokens: Sequence[int] = backend.render(ask.prompt)
+                tokens: Sequence[int] = backend.render(ask.prompt, tools=ask.tools)
             else:
                 tokens = ask.tokens or backend.tokenize(ask.text or "")
             if chosen.name is None or not chosen.steered or chosen.strength == 0.0:

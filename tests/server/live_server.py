@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from edge_align.runtime.fake import FakeBackend
 from edge_align.server.app import create_app
 from edge_align.server.engine import Engine, Steering
 from edge_align.server.keys import Caller, Keys
-from edge_align.server.listen import listen
+from edge_align.server.listen import listen, settings
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "How do boats float?"}]
@@ -141,14 +142,21 @@ def bearer(name: str) -> dict[str, str]:
 
 @contextmanager
 def serving(
-    home: Home, *, open_engine: Any = None, config: ServerConfig | None = None, wait: bool = True, **more: Any
+    home: Home,
+    *,
+    open_engine: Any = None,
+    config: ServerConfig | None = None,
+    wait: bool = True,
+    send_buffer: int | None = None,
+    **more: Any,
 ) -> Iterator[Live]:
-    """Serve until the block ends; `wait` for the engine first."""
-    app = create_app(home=home, config=config or ServerConfig(), open_engine=open_engine, **more)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", http="h11", ws="none", loop="asyncio")
-    )
+    """Serve until the block ends; `wait` for the engine first. `send_buffer`: bytes the kernel keeps of an answer."""
+    config = config or ServerConfig()
+    app = create_app(home=home, config=config, open_engine=open_engine, **more)
+    server = uvicorn.Server(settings(app, config))
     listener = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # accepted sockets inherit it
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     try:

@@ -1,4 +1,21 @@
-"""The programs people use, against a live server with the default base: openai, ollama, llm, curl, openai for Node."""
+"""The programs people use, against a live server with the default base. Which of them proves what:
+
+| | openai | Node | langchain | litellm | ollama | llm | curl |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| chat, stream | x | x | x | x | x | x | x |
+| usage of a stream, when asked | x | x | x | x | always | | |
+| 400, 401, 404 as its own errors | x | x | x | x | 404 | | 400 |
+| 413 | x | x | x | x | | | |
+| 415 | x | x | | | | | x |
+| 429, 503; a retry waits as Retry-After says | x | x | x | x | | | |
+| embeddings | base64 | base64 | base64 | x | x | | |
+| models listed, one retrieved | x | x | | | x | | |
+| answers in the shape of a schema | x | x | x | x | x | x | |
+| decoding ends when it goes away | x | x | x | x | | | |
+| CORS preflight of the headers it sends | | x | | | | | x |
+
+openai, ollama and llm are of the environment; scripts/clients.py installs Node's, langchain-openai and litellm.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +36,7 @@ from live_server import bearer, fake_engine, key_of, keys_of, Live, MODEL, QUEST
 
 from edge_align.config import RuntimeConfig, ServerConfig
 from edge_align.home import Home
+from edge_align.server.refusal import busy, loading
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +133,9 @@ def test_openai_raises_the_class_of_each_error(real, client):
     with pytest.raises(openai.APIStatusError) as large:
         ask(client, messages=[{"role": "user", "content": "x" * (1 << 20)}])
     assert large.value.status_code == 413
+    with pytest.raises(openai.APIStatusError) as form:
+        ask(client, extra_headers={"Content-Type": "text/plain"})
+    assert form.value.status_code == 415
     with openai.OpenAI(base_url=f"{real.url}/v1", api_key="wrong", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError):
             ask(stranger)
@@ -244,38 +265,98 @@ def test_curl_streams_and_meets_the_door(real):
     assert curl(url, "-d", body)[0] == 415  # curl's own content type is a form's
     assert curl(url, *kind, "-H", "Host: evil.example", "-d", body)[0] == 403
     assert curl(f"{real.url}/health", "-I", "-X", "GET")[0] == 200
+    asked = ("Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x-stainless-os,authorization")
+    code, text = curl(url, "-i", "-X", "OPTIONS", "-H", "Origin: http://localhost", "-H", asked[0], "-H", asked[1])
+    assert code == 204 and "access-control-allow-headers: x-stainless-os,authorization" in text.lower()
 
 
-# -- openai for Node ---------------------------------------------------------------------------------------------------
-NODE = """
-import OpenAI from "openai";
-const client = new OpenAI({baseURL: process.argv[2] + "/v1", apiKey: process.argv[3], maxRetries: 0});
-const ask = {model: process.argv[4], messages: [{role: "user", content: "Hi"}], max_tokens: 4, temperature: 0};
-const whole = await client.chat.completions.create(ask);
-let streamed = "", usage = null;
-const stream = await client.chat.completions.create({...ask, stream: true, stream_options: {include_usage: true}});
-for await (const chunk of stream) {
-  streamed += chunk.choices[0]?.delta?.content ?? "";
-  usage = chunk.usage ?? usage;
-}
-let status = 0;
-try { await client.chat.completions.create({...ask, model: "gpt-5"}); } catch (error) { status = error.status; }
-const models = (await client.models.list()).data.map(one => one.id);
-const embedded = (await client.embeddings.create({model: ask.model, input: "a"})).data[0].embedding.length;
-console.log(JSON.stringify({whole: whole.choices[0].message.content, streamed, usage, status, models, embedded}));
-"""
+# -- programs in processes of their own --------------------------------------------------------------------------------
+PROGRAMS = Path(__file__).parent / "programs"
+CLIENTS = Path(__file__).parents[2] / ".cache" / "clients"  # scripts/clients.py makes it
+NAMES = ["node", "langchain", "litellm"]
 
 
-def test_openai_for_node_chats_streams_and_sees_errors(real, tmp_path):
-    """NODE_MODULES_FOR_TESTS names the folder that `npm install openai` made; conftest clears our own variables."""
-    modules = os.environ.get("NODE_MODULES_FOR_TESTS", "")
-    if shutil.which("node") is None or not Path(modules, "openai").is_dir():
-        pytest.skip("needs node, and in NODE_MODULES_FOR_TESTS the folder where `npm install openai` put it")
-    (tmp_path / "node_modules").symlink_to(modules)
-    (tmp_path / "ask.mjs").write_text(NODE)
-    command = ["node", "ask.mjs", real.url, key_of("ann"), MODEL]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+def program(name: str, live: Live, mode: str, folder: Path):
+    """What the script of that name found."""
+    if name == "node":
+        if shutil.which("node") is None:
+            pytest.skip("there is no node")
+        command = ["node", "ask.mjs"]
+        assert (CLIENTS / "node" / "node_modules").is_dir(), "run: python scripts/clients.py"
+        (folder / "node_modules").symlink_to(CLIENTS / "node" / "node_modules")
+        shutil.copy(PROGRAMS / "node" / "ask.mjs", folder)
+    else:
+        (python,) = [*(CLIENTS / "python").glob("bin/python"), *(CLIENTS / "python").glob("Scripts/python.exe")] or [
+            pytest.fail("run: python scripts/clients.py")
+        ]
+        command = [str(python), str(PROGRAMS / f"ask_{name}.py")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "NO_PROXY": "*"}
+    result = subprocess.run(
+        [*command, live.url, key_of("ann"), MODEL, mode],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_openai_for_node_does_all_that_a_client_does(real, tmp_path):
+    said = program("node", real, "everything", tmp_path)
     assert said["whole"] == said["streamed"] != "" and said["usage"]["completion_tokens"] == 4
-    assert (said["status"], said["models"], said["embedded"]) == (404, [MODEL], 576)
+    assert said["statuses"] == [400, 401, 404, 413, 415]
+    assert isinstance(said["shaped"]["ok"], bool)
+    assert (said["models"], said["retrieved"], said["embedded"]) == ([MODEL], MODEL, 576)
+    stainless = {name for name in said["sent"] if name.startswith("x-stainless-")}
+    status, allowed = said["preflight"]
+    assert status == 204 and len(stainless) >= 5 and stainless <= set(allowed.split(","))
+
+
+def test_langchain_does_all_that_a_client_does(real, tmp_path):
+    said = program("langchain", real, "everything", tmp_path)
+    assert said["whole"] == said["streamed"] != "" and said["usage"]["output_tokens"] == 4
+    assert said["uncounted"] == [] and isinstance(said["shaped"]["ok"], bool) and said["embedded"] == 576
+    assert said["errors"] == [
+        ["BadRequestError", 400],
+        ["AuthenticationError", 401],
+        ["NotFoundError", 404],
+        ["APIStatusError", 413],
+    ]
+
+
+def test_litellm_does_all_that_a_client_does(real, tmp_path):
+    said = program("litellm", real, "everything", tmp_path)
+    assert said["whole"] == said["streamed"] != "" and said["usage"] == 4
+    assert isinstance(said["shaped"]["ok"], bool) and said["embedded"] == 576
+    assert said["errors"][:3] == [["BadRequestError", 400], ["AuthenticationError", 401], ["NotFoundError", 404]]
+    assert said["errors"][3][1] == 413
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_tell_a_full_queue_from_a_loading_model_and_come_back_when_told(tmp_path, monkeypatch, name):
+    with serving(Home(tmp_path / "home"), open_engine=fake_engine()) as live:
+        left, check = [busy(), loading(), loading()], live.service.decoder.check
+
+        def first():
+            if left:
+                raise left.pop(0)
+            check()
+
+        monkeypatch.setattr(live.service.decoder, "check", first)
+        said = program(name, live, "refused", tmp_path)
+    assert (
+        said["statuses" if name == "node" else "errors"]
+        == {
+            "node": [429, 503],
+            "langchain": [["RateLimitError", 429], ["InternalServerError", 503]],
+            "litellm": [["RateLimitError", 429], ["ServiceUnavailableError", 503]],
+        }[name]
+    )
+    assert said["waited"] >= 1.0  # as Retry-After says, not the SDK's own half second
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_ends_when_a_program_has_heard_enough(tmp_path, name):
+    slow = fake_engine(SlowBackend(config=RuntimeConfig(n_ctx=4096)))
+    with serving(Home(tmp_path / "home"), open_engine=slow) as live:
+        program(name, live, "gone", tmp_path)
+        until(lambda: "edge_align:answers_cancelled_total 1" in live.ask("GET", "/metrics").data.decode())
