@@ -131,6 +131,7 @@ edge_align_export.hf_to_gguf
 edge_align_export.quantise
 edge_align_export.gguf_file
 edge_align_export.engines
+edge_align_export.parity
 edge_align_export.verify
 edge_align_export.bundle
 edge_align_export.checkpoint

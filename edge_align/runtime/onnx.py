@@ -325,6 +325,17 @@ class OnnxBackend:
             scores.append(out)
         return scores
 
+    def score_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        vectors: SteeringVectors | None,
+    ) -> Iterator[np.ndarray]:
+        """`score` of completion i after prompt i, one array at a time. Raises as `score`, while iterating."""
+        for prompt, completion in zip(prompts, completions, strict=True):
+            yield from self.score(prompt, [completion], vectors=vectors)
+
     # -- checks ----------------------------------------------------------------------------------------------------
     def _open_decoder(self) -> OnnxDecoder:
         if self._decoder is None:
