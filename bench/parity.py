@@ -80,7 +80,7 @@ class Taste:
 def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
-        args.prompts, args.tokens, args.learn, args.pairs, args.answer_tokens = 2, 6, 6, 2, 12
+        args.prompts, args.tokens, args.learn, args.pairs, args.answer_tokens = 2, 6, 8, 2, 12
     parts = args.part.split(",")
     exports = build(bench)
     found: dict[str, Any] = {"tokens": args.tokens}

@@ -58,10 +58,10 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         sys.modules.pop(name, None)
 
 
-def write_pack(folder: Path, base: BaseModel) -> None:
-    """A pack with random numbers that fits the base."""
+def write_pack(folder: Path, base: BaseModel, *, size: float = 1e-3) -> None:
+    """A pack with random numbers that fits the base; size: of its directions."""
     rng = np.random.default_rng(0)
-    decoder = rng.standard_normal((K, base.n_layer, base.d_model)) * 1e-3
+    decoder = rng.standard_normal((K, base.n_layer, base.d_model)) * size
     decoder[:, 0] = 0
     features, d = n_feature(base.d_model), base.d_model
     tensors = {
@@ -104,7 +104,7 @@ def tiny_workplace(tmp_path_factory: pytest.TempPathFactory, bench: dict[str, Mo
     """The same for a tiny base with random weights."""
     root = tmp_path_factory.mktemp("tiny-bench")
     model = write_gguf(root / "tiny.gguf", "llama")
-    write_pack(root / "packs" / "random", find_base(str(model)))
+    write_pack(root / "packs" / "random", find_base(str(model)), size=0.05)
     options = ("--home", str(root), "--threads", "1", "--quick", "--model", str(model))
     write_answers(bench["common"], options)
     return options
@@ -156,7 +156,7 @@ def test_engines_agree_on_a_tiny_base_and_the_document_says_how_far(tiny_workpla
     assert together.keys() == {"onnx int4", "llamacpp"}
     for row in together.values():
         assert row["pairs"] == 4 and len(row["changes"]) == 4
-    assert together["llamacpp"]["error"] < 0.05  # the weights of a tiny base are not rounded
+    assert together["llamacpp"]["error"] < min(0.2, together["onnx int4"]["error"])  # its file is not rounded
     for row in document["batch"]:
         assert row["rows"] == 2 and row["same_text"] == 1.0 and row["max_difference"] <= 1e-3
 
