@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_align.cli.options import App, json_option, model_option, profile_option, runtime_options
+from edge_align.cli.options import App, engine_option, json_option, model_option, profile_option, runtime_options
 from edge_align.cli.output import emit_json, say
 from edge_align.config import default, RuntimeConfig, ServerConfig
 from edge_align.errors import BackendUnavailable, InputError, StorageError
@@ -40,8 +40,8 @@ from edge_align.errors import BackendUnavailable, InputError, StorageError
 @click.option(
     "--keep-days", type=int, default=default(ServerConfig, "keep_days"), help="Days an answer is kept for feedback."
 )
-@click.option("--engine", type=click.Choice(("llamacpp",)), default="llamacpp", help="What computes the answers.")
 @model_option
+@engine_option
 @runtime_options
 @json_option
 @click.pass_obj
@@ -58,8 +58,8 @@ def command(
     hosts: tuple[str, ...],
     slots: int,
     keep_days: int,
-    engine: str,  # noqa: ARG001  (one so far)
     model: str | None,
+    engine: str | None,
     runtime: RuntimeConfig,
 ) -> None:
     """Answer desktop assistants, and learn from their thumbs.
@@ -76,12 +76,13 @@ def command(
     except ImportError as error:
         raise BackendUnavailable(f'the server needs {error.name}; run: pip install "edge-align[serve]"') from None
     from edge_align.bases import find_base
+    from edge_align.engines import check_engine
     from edge_align.profiles import ProfileStore
     from edge_align.server.keys import Keys
     from edge_align.server.listen import listen, log_to_stderr
 
     home = app.home
-    find_base(model, home=home)  # a wrong --model is said at once
+    check_engine(find_base(model, home=home), engine)  # a wrong --model is said at once
     if profile is None and not no_profile:
         profile = ProfileStore(home).current()
     config = ServerConfig(

@@ -57,6 +57,7 @@ class OnnxBackend:
         self._decoder: OnnxDecoder | None = OnnxDecoder(session, model, device=device, rows=1, room=n_ctx)
         self._cached = np.empty(0, np.int64)  # tokens whose unsteered keys and values the decoder holds
         self._turn = 0  # number of the answer that owns the decoder
+        self._forks: list[OnnxBackend] = []
         self.provider_reason = ""
         self.info = BackendInfo(
             name="onnx",
@@ -87,7 +88,18 @@ class OnnxBackend:
         opened.provider_reason = provider.reason
         return opened
 
+    def fork(self) -> OnnxBackend:
+        """A cache of its own on the same session; see `runtime.base.Forking`. Raises BackendError."""
+        self._open_decoder()
+        info = self.info
+        forked = OnnxBackend(self._model, self._session, self._tokenizer, n_ctx=info.n_ctx, device=info.device)
+        forked.provider_reason = self.provider_reason
+        self._forks.append(forked)
+        return forked
+
     def close(self) -> None:
+        for forked in self._forks:
+            forked.close()
         self._decoder = self._session = None
 
     def __enter__(self) -> OnnxBackend:
@@ -195,6 +207,30 @@ class OnnxBackend:
             generation_tps=_rate(count - 1, last - first),
         )
         yield GenerationChunk(text + stream.finish(), tuple(pending), finish, stats)
+
+    # -- prompts that were prefilled -------------------------------------------------------------------------------
+    @property
+    def held(self) -> np.ndarray:
+        """(n,) int32: the prompt tokens whose unsteered keys and values are cached."""
+        return self._cached.astype(np.int32)
+
+    def save_prompt(self) -> bytes:
+        """The keys and values of `held`, for `load_prompt` of a fork."""
+        return self._open_decoder().save(len(self._cached))
+
+    def load_prompt(self, tokens: np.ndarray, data: bytes) -> bool:
+        """Take over what a fork saved; the same floats, bit for bit. False, and an empty cache, when refused."""
+        self.forget_prompt()
+        if not self._open_decoder().load(data, len(tokens)):
+            return False
+        self._cached = tokens.astype(np.int64)
+        return True
+
+    def forget_prompt(self) -> None:
+        """Empty the cache; an unfinished answer then raises BackendError."""
+        self._open_decoder()
+        self._turn += 1
+        self._cached = self._cached[:0]
 
     def _fill_cache(self, decoder: OnnxDecoder, tokens: np.ndarray, cancelled: Callable[[], bool] | None) -> int:
         """Make the first row hold exactly `tokens`, unsteered; returns how many it held before.

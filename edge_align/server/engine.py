@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TYPE_CHECKING
 
@@ -12,7 +13,8 @@ import numpy as np
 from edge_align.assistant import Assistant
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import RuntimeConfig
-from edge_align.errors import EdgeAlignError, InputError
+from edge_align.engines import open_backend
+from edge_align.errors import EdgeAlignError, InputError, PackMissing
 from edge_align.home import Home
 from edge_align.pack import LatentPack
 from edge_align.profiles import ProfileStore
@@ -80,7 +82,8 @@ class Shelf:
         return Steering(assistant.profile.version, assistant.vectors(prompt, strength=strength))
 
     def _load(self, name: str) -> Assistant:
-        self._pack = self._pack or find_pack(self._base, self._home)
+        with suppress(PackMissing):  # a profile that is vectors needs none; any other then says what is missing
+            self._pack = self._pack or find_pack(self._base, self._home)
         assistant = Assistant(
             base=self._base, backend=self._backend, home=self._home, runtime=self._runtime, pack=self._pack
         )
@@ -110,13 +113,15 @@ class Embedder:
 
 
 def opener(home: Home, model: str | None, runtime: RuntimeConfig) -> Callable[[], Engine]:
-    """A function that opens the base in llama.cpp, for the decoder's thread to call."""
+    """A function that opens the base in the engine that reads its files, for the decoder's thread to call.
+
+    An ONNX export makes no embeddings: its graph gives no hidden states.
+    """
 
     def open_engine() -> Engine:
-        from edge_align.runtime.llamacpp import LlamaCppBackend
-
         base = find_base(model, home=home)
-        backend = LlamaCppBackend.open(base.path, config=runtime)
-        return Engine(backend, Shelf(home, base, backend, runtime), base, Embedder(base, runtime))
+        backend = open_backend(base, runtime)
+        embed = Embedder(base, runtime) if base.export is None else None
+        return Engine(backend, Shelf(home, base, backend, runtime), base, embed)
 
     return open_engine
