@@ -142,7 +142,10 @@ def open_encoder(path: Path) -> AnswerEncoder | NativeAnswerEncoder:
 
 
 class OnnxAnswerEncoder:
-    """The same features from an export's own encoder graph: its first two blocks, from the same weights."""
+    """The same features from an export's own encoder graph: its first two blocks, from the same weights.
+
+    One answer at a time: batches were measured, and are slower (docs/log.md).
+    """
 
     reason = "ONNX Runtime: the export's first two blocks"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_align.config import SamplingConfig
 from edge_align.records import SteeringVectors, user_prompt
-from edge_align.runtime.llamacpp import LlamaCppBackend
+from edge_align.runtime.base import Scoring
 from edge_align.simulation.prompts import prompts
 
 ANSWERS = 8
@@ -33,15 +33,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), dtype=np.float32)
 
 
-def open_probe(
-    backend: LlamaCppBackend, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> Probe:
+def open_probe(backend: Scoring, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Probe:
     """Score the answers once without steering."""
     base = [log_softmax(logits) for logits in backend.score_many(prompts, completions, vectors=None)]
     return Probe(prompts, completions, base)
 
 
-def measured_kl(backend: LlamaCppBackend, probe: Probe, vectors: SteeringVectors) -> float:
+def measured_kl(backend: Scoring, probe: Probe, vectors: SteeringVectors) -> float:
     """Mean KL(base || steered) over the probe's positions, nats per token."""
     total, count = 0.0, 0
     scored = backend.score_many(probe.prompts, probe.completions, vectors=vectors)
@@ -51,7 +49,7 @@ def measured_kl(backend: LlamaCppBackend, probe: Probe, vectors: SteeringVectors
     return total / count
 
 
-def sampled_probe(backend: LlamaCppBackend, *, answers: int = ANSWERS, tokens: int = TOKENS, seed: int = 0) -> Probe:
+def sampled_probe(backend: Scoring, *, answers: int = ANSWERS, tokens: int = TOKENS, seed: int = 0) -> Probe:
     """A probe of answers that the base samples here, to prompts of the set `pack`. Takes seconds on a small base."""
     rendered = [backend.render(user_prompt(text)) for text in prompts("pack")[:answers]]
     made = backend.generate_batch(rendered, vectors=None, sampling=SamplingConfig(max_tokens=tokens, seed=seed))
@@ -60,7 +58,7 @@ def sampled_probe(backend: LlamaCppBackend, *, answers: int = ANSWERS, tokens: i
 
 
 def factor_for_kl(
-    backend: LlamaCppBackend, probe: Probe, vectors: SteeringVectors, kl: float, *, ceiling: bool = False
+    backend: Scoring, probe: Probe, vectors: SteeringVectors, kl: float, *, ceiling: bool = False
 ) -> tuple[float, float]:
     """The factor of `vectors` at which the measured KL is `kl` within 2 %, and the KL there.
 

@@ -70,6 +70,7 @@ edge_align.runtime.base
 edge_align.runtime.stream_text
 edge_align.runtime.template
 edge_align.runtime.sampling
+edge_align.runtime.tokens
 edge_align.runtime.fake
 edge_align.runtime.llama_native
 edge_align.runtime.llama_checks
@@ -78,6 +79,7 @@ edge_align.runtime.llama_rows
 edge_align.runtime.llamacpp
 edge_align.runtime.tokenizer
 edge_align.runtime.onnx_session
+edge_align.runtime.onnx_checks
 edge_align.runtime.onnx
 edge_align.runtime.activations
 edge_align.runtime.torch_rows
@@ -134,6 +136,7 @@ edge_align_export.hf_to_gguf
 edge_align_export.quantise
 edge_align_export.gguf_file
 edge_align_export.engines
+edge_align_export.parity
 edge_align_export.verify
 edge_align_export.bundle
 edge_align_export.checkpoint

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from edge_align.bases import find_base
+from edge_align.bases import BaseModel, find_base
 from edge_align.features import n_feature
 from edge_align.latent_dpo import LatentFeedback
 from edge_align.pack import save_pack
 from edge_align.simulation.prompts import prompts
+from scripts.tiny_models import write_gguf
 
 BENCH = Path(__file__).parent.parent / "bench"
 SHARED = ("common.py", "report.py", "serving.py", "serving_learning.py", "serving_soak.py")
@@ -67,12 +68,10 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         sys.modules.pop(name, None)
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, bench: dict[str, ModuleType]) -> tuple[str, ...]:
-    """Options that point a script at a random pack and at answers of different lengths to 12 training prompts."""
-    root = tmp_path_factory.mktemp("bench")
-    base, rng = find_base(), np.random.default_rng(0)
-    decoder = rng.standard_normal((K, base.n_layer, base.d_model)) * 1e-3
+def write_pack(folder: Path, base: BaseModel, *, size: float = 1e-3) -> None:
+    """A pack with random numbers that fits the base; size: of its directions."""
+    rng = np.random.default_rng(0)
+    decoder = rng.standard_normal((K, base.n_layer, base.d_model)) * size
     decoder[:, 0] = 0
     features, d = n_feature(base.d_model), base.d_model
     tensors = {
@@ -86,16 +85,38 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, bench: dict[str, ModuleT
         "kl_curve": np.array([0.0, 1.0, 0.0]),
     }
     manifest = {"base_hash": base.hash, "n_layer": base.n_layer, "d_model": d, "k": K}
-    save_pack(root / "packs" / "random", tensors=tensors, manifest=manifest)
+    save_pack(folder, tensors=tensors, manifest=manifest)
+
+
+def write_answers(common: ModuleType, options: tuple[str, ...]) -> None:
+    """Answers of different lengths to 12 training prompts, where a script with these options looks for them."""
     answers = ["Yes.", "Bread is fine.", "I would think that bread is fine, on most days.", "Bread. " * 20]
-    options = ("--home", str(root), "--threads", "1", "--quick")
-    common = bench["common"]
     with common.Bench(common.parser("").parse_args(options)) as opened:
         store = common.train_store(opened)
     for i, prompt in enumerate(prompts("train")[:12]):
         store.add({"prompt": prompt, "answers": [{"text": f"{text} {i}", "tokens": [1, 2]} for text in answers]})
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, bench: dict[str, ModuleType]) -> tuple[str, ...]:
+    """Options that point a script at a random pack and at answers of different lengths to 12 training prompts."""
+    root = tmp_path_factory.mktemp("bench")
+    write_pack(root / "packs" / "random", find_base())
+    options = ("--home", str(root), "--threads", "1", "--quick")
+    write_answers(bench["common"], options)
     document = run("answers.py", *options, "--set", "train")
     assert document["train"] == {"prompts": 12, "answers": 48, "mean_tokens": 2.0}  # none was missing
+    return options
+
+
+@pytest.fixture(scope="module")
+def tiny_workplace(tmp_path_factory: pytest.TempPathFactory, bench: dict[str, ModuleType]) -> tuple[str, ...]:
+    """The same for a tiny base with random weights."""
+    root = tmp_path_factory.mktemp("tiny-bench")
+    model = write_gguf(root / "tiny.gguf", "llama")
+    write_pack(root / "packs" / "random", find_base(str(model)), size=0.05)
+    options = ("--home", str(root), "--threads", "1", "--quick", "--model", str(model))
+    write_answers(bench["common"], options)
     return options
 
 
@@ -206,6 +227,25 @@ def test_the_same_request_number_is_the_same_request(bench: dict[str, ModuleType
     outcomes = [bench["serving_soak"].one_request(Deaf(), ["a", "b"], n % 40, 0) for n in range(80)]
     assert asked[:40] == asked[40:] and not any(one.wanted for one in outcomes)
     assert {one.kind for one in outcomes} == {"answer", "verdict", "leaves", "bad", "long"}
+
+
+def test_engines_agree_on_a_tiny_base_and_the_document_says_how_far(tiny_workplace: tuple[str, ...]) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
+    document = run("parity.py", *tiny_workplace, "--users", "short,first_person")
+    rows = {(row["engine"], row["vectors"]): row for row in document["logits"]}
+    vectors = ("none", "random", "learnt (short)")
+    assert rows.keys() == {(engine, name) for engine in ("onnx fp32", "llamacpp F16") for name in vectors}
+    for name in vectors:
+        onnx, native = rows["onnx fp32", name], rows["llamacpp F16", name]
+        assert onnx["max_difference"] <= 1e-3 and onnx["same_greedy_text"] == 1.0 and onnx["agreement"] == 1.0
+        assert onnx["positions"] == native["positions"] and native["max_difference"] < 0.05
+    together = {row["engine"]: row for row in document["preferences"] if row["user"] == "all"}
+    assert together.keys() == {"onnx int4", "llamacpp"}
+    for row in together.values():
+        assert row["pairs"] == 4 and len(row["changes"]) == 4
+    assert together["llamacpp"]["error"] < min(0.2, together["onnx int4"]["error"])  # its file is not rounded
+    for row in document["batch"]:
+        assert row["rows"] == 2 and row["same_text"] == 1.0 and row["max_difference"] <= 1e-3
 
 
 def test_a_script_without_training_answers_says_which_one_makes_them(

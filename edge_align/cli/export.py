@@ -173,8 +173,10 @@ def verify(
 ) -> None:
     """Compare every artefact in DIR, in every engine that is here, with PyTorch in float32.
 
-    Logits are teacher-forced on answers that the base samples, unsteered and steered. Exits with code 1 when an
-    artefact in floating point, or the reference itself, disagrees in another engine.
+    Takes GGUF files, Hugging Face folders and ONNX exports. Logits are teacher-forced on answers that the base
+    samples, unsteered and steered; "preference off" is by how much steering moves the answers' odds otherwise than in
+    the reference. Exits with code 1 when an artefact in floating point, or the reference itself, disagrees in another
+    engine.
     """
     from edge_align_export.verify import verify as run
 
@@ -192,7 +194,16 @@ def verify(
     if app.json:
         emit_json(report)
     else:
-        headers = ("artefact", "engine", "vectors", "largest difference", "same top token", "widest gap", "")
+        headers = (
+            "artefact",
+            "engine",
+            "vectors",
+            "largest difference",
+            "same top token",
+            "widest gap",
+            "preference off",
+            "",
+        )
         words = {True: "ok", False: "DIFFERS", None: "rounded"}
         rows = [
             (
@@ -202,11 +213,12 @@ def verify(
                 f"{row['max_difference']:.2g}",
                 f"{100 * row['agreement']:.2f} % of {row['positions']:,}",
                 f"{row['widest_gap']:.2g}",
+                "" if row["preference_error"] is None else f"{100 * row['preference_error']:.1f} %",
                 words[row["passes"]],
             )
             for row in report["rows"]
         ]
-        show_table(headers, rows, right=headers[3:6])
+        show_table(headers, rows, right=headers[3:7])
         say(f"Reference: {report['reference']} in {report['reference_engine']}.")
         for note in report["notes"]:
             say(f"Note: {note}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edge_align.cli.options import App, json_option, model_option, profile_option, runtime_options
+from edge_align.cli.options import App, engine_option, json_option, model_option, profile_option, runtime_options
 from edge_align.cli.output import emit_json, say
 from edge_align.config import default, RuntimeConfig, ServerConfig
 from edge_align.errors import BackendUnavailable, InputError, StorageError
@@ -41,8 +41,8 @@ from edge_align.errors import BackendUnavailable, InputError, StorageError
 @click.option(
     "--keep-days", type=int, default=default(ServerConfig, "keep_days"), help="Days an answer is kept for feedback."
 )
-@click.option("--engine", type=click.Choice(("llamacpp",)), default="llamacpp", help="What computes the answers.")
 @model_option
+@engine_option
 @runtime_options
 @json_option
 @click.pass_obj
@@ -59,8 +59,8 @@ def command(
     hosts: tuple[str, ...],
     slots: int,
     keep_days: int,
-    engine: str,  # noqa: ARG001  (one so far)
     model: str | None,
+    engine: str | None,
     runtime: RuntimeConfig,
 ) -> None:
     """Answer desktop assistants, and learn from their thumbs.
@@ -71,13 +71,13 @@ def command(
     if profile is not None and no_profile:
         raise InputError("--no-profile cannot be combined with --profile; drop one of them")
     from edge_align.bases import find_base
+    from edge_align.engines import check_engine
     from edge_align.profiles import ProfileStore
     from edge_align.server.engine import opener
     from edge_align.server.keys import check_reach, Keys, LOOPBACK
-    from edge_align.server.listen import listen, log_to_stderr, settings
 
     home = app.home
-    find_base(model, home=home)  # a wrong --model is said at once
+    check_engine(find_base(model, home=home), engine)  # a wrong --model is said at once
     if profile is None and not no_profile:
         profile = ProfileStore(home).current()
     config = ServerConfig(
@@ -98,6 +98,7 @@ def command(
         import uvicorn
 
         from edge_align.server.app import create_app
+        from edge_align.server.listen import listen, log_to_stderr, settings
     except ImportError as error:
         raise BackendUnavailable(f'the server needs {error.name}; run: pip install "edge-align[serve]"') from None
 

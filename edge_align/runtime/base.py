@@ -107,6 +107,20 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
+class Scoring(Backend, Protocol):
+    """An engine that scores texts of different prompts."""
+
+    def score_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        vectors: SteeringVectors | None,
+    ) -> Iterator[np.ndarray]:
+        """`score` of completion i after prompt i, one (T_i, n_vocab) float32 array at a time."""
+        ...
+
+
 @runtime_checkable
 class Forking(Protocol):
     """An engine that can hold several unfinished answers: each fork has a context of its own on the same weights.

@@ -38,13 +38,6 @@ def context_length(model: NativeModel, config: RuntimeConfig) -> int:
     return min(config.n_ctx, model.n_ctx_train or config.n_ctx)
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two arrays share from the start."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
-
-
 def part_ends(tokens: np.ndarray, is_end: Callable[[int], bool], most: int) -> list[int]:
     """Where the parts end in which a prompt is read: after a turn, else after `most` tokens, and at its end.
 

@@ -16,9 +16,9 @@ import numpy as np
 from edge_align.config import SamplingConfig
 from edge_align.errors import BackendError, SessionClosed
 from edge_align.records import Completion, FinishReason, SteeringVectors
-from edge_align.runtime.llama_checks import common_prefix
 from edge_align.runtime.llama_native import NativeContext, NativeModel, Sampler
 from edge_align.runtime.stream_text import TextStream
+from edge_align.runtime.tokens import common_prefix
 
 N_ROWS = 32
 CELL_LIMIT = 16_384  # tokens of KV cache over all rows (376 MB on the default base), unless one row needs more

@@ -28,12 +28,13 @@ from edge_align.records import (
     Tools,
 )
 from edge_align.runtime.base import Backend, BackendInfo
-from edge_align.runtime.llama_checks import check_tokens, check_vectors, common_prefix, context_length, part_ends
+from edge_align.runtime.llama_checks import check_tokens, check_vectors, context_length, part_ends
 from edge_align.runtime.llama_devices import device_of
 from edge_align.runtime.llama_native import log_softmax_top, NativeContext, NativeModel, Sampler
 from edge_align.runtime.llama_rows import Rows
 from edge_align.runtime.stream_text import TextStream
 from edge_align.runtime.template import ChatTemplate, render_tokens
+from edge_align.runtime.tokens import common_prefix, rate
 
 PREFILL_CHUNK = 64  # tokens; larger ones are no faster on a CPU and need larger buffers
 PREFILL_CHUNK_GPU = 512
@@ -208,8 +209,8 @@ class LlamaCppBackend:
             completion_tokens=count,
             ttft_sec=first - started,
             generation_sec=last - first,
-            prompt_tps=_rate(n - 1 - cached, prefilled - started),
-            generation_tps=_rate(count - 1, last - first),
+            prompt_tps=rate(n - 1 - cached, prefilled - started),
+            generation_tps=rate(count - 1, last - first),
         )
         yield GenerationChunk(text + stream.finish(), tuple(pending), finish, stats, tuple(logprobs))
 
@@ -389,10 +390,6 @@ def _context(model: NativeModel, config: RuntimeConfig) -> NativeContext:
         n_batch=PREFILL_CHUNK_GPU if model.gpu else PREFILL_CHUNK,
         n_threads=config.n_threads,
     )
-
-
-def _rate(n: int, seconds: float) -> float:
-    return n / seconds if n > 0 and seconds > 0 else 0.0
 
 
 def _version() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_align.config import RuntimeConfig, SamplingConfig
-from edge_align.errors import BackendError, ContextOverflow, InputError, SessionClosed
+from edge_align.errors import BackendError, SessionClosed
 from edge_align.onnx_files import DECODER, OnnxModel, read_export, TEMPLATE, TOKENIZER
 from edge_align.records import (
     Completion,
@@ -28,18 +28,25 @@ from edge_align.records import (
     Tools,
 )
 from edge_align.runtime.base import BackendInfo
+from edge_align.runtime.onnx_checks import (
+    BatchVectors,
+    check_fits,
+    check_prompt,
+    check_tokens,
+    check_vectors,
+    steering_rows,
+)
 from edge_align.runtime.onnx_session import check_graph, library, OnnxDecoder, open_session
 from edge_align.runtime.sampling import draw
 from edge_align.runtime.stream_text import TextStream
 from edge_align.runtime.template import ChatTemplate, render_tokens
 from edge_align.runtime.tokenizer import Tokenizer
+from edge_align.runtime.tokens import common_prefix, rate
 
 PREFILL_CHUNK = 128  # tokens
 N_ROWS = 16
 CELL_LIMIT = 16_384  # tokens of key-value cache over all rows of a batch, unless one row needs more
 ONE = np.zeros(1, np.int64)
-
-BatchVectors = SteeringVectors | Sequence[SteeringVectors | None] | None
 
 
 @dataclass(slots=True)
@@ -65,6 +72,7 @@ class OnnxBackend:
         self._decoder: OnnxDecoder | None = OnnxDecoder(session, model, device=device, rows=1, room=n_ctx)
         self._cached = np.empty(0, np.int64)  # tokens whose unsteered keys and values the decoder holds
         self._turn = 0  # number of the answer that owns the decoder
+        self._forks: list[OnnxBackend] = []
         self.provider_reason = ""
         self.info = BackendInfo(
             name="onnx",
@@ -95,7 +103,18 @@ class OnnxBackend:
         opened.provider_reason = provider.reason
         return opened
 
+    def fork(self) -> OnnxBackend:
+        """A cache of its own on the same session; see `runtime.base.Forking`. Raises BackendError."""
+        self._open_decoder()
+        info = self.info
+        forked = OnnxBackend(self._model, self._session, self._tokenizer, n_ctx=info.n_ctx, device=info.device)
+        forked.provider_reason = self.provider_reason
+        self._forks.append(forked)
+        return forked
+
     def close(self) -> None:
+        for forked in self._forks:
+            forked.close()
         self._decoder = self._session = None
 
     def __enter__(self) -> OnnxBackend:
@@ -113,7 +132,7 @@ class OnnxBackend:
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, control tokens left out, bytes that are not UTF-8 as U+FFFD."""
         self._open_decoder()
-        return self._tokenizer.detokenize(self._check_tokens(tokens, "token list").tolist())
+        return self._tokenizer.detokenize(check_tokens(self.info, tokens, "token list").tolist())
 
     def render(self, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
         """Token ids of a conversation under the model's template. Texts in messages never become control tokens."""
@@ -156,7 +175,7 @@ class OnnxBackend:
         Raises ContextOverflow, InputError at once; BackendError, SessionClosed while streaming.
         """
         self._open_decoder()
-        return self._generate(self._check_prompt(prompt), self._check_vectors(vectors), sampling, cancelled)
+        return self._generate(check_prompt(self.info, prompt), check_vectors(self.info, vectors), sampling, cancelled)
 
     def _generate(
         self,
@@ -204,17 +223,41 @@ class OnnxBackend:
             completion_tokens=count,
             ttft_sec=first - started,
             generation_sec=last - first,
-            prompt_tps=_rate(n - 1 - cached, prefilled - started),
-            generation_tps=_rate(count - 1, last - first),
+            prompt_tps=rate(n - 1 - cached, prefilled - started),
+            generation_tps=rate(count - 1, last - first),
         )
         yield GenerationChunk(text + stream.finish(), tuple(pending), finish, stats)
+
+    # -- prompts that were prefilled -------------------------------------------------------------------------------
+    @property
+    def held(self) -> np.ndarray:
+        """(n,) int32: the prompt tokens whose unsteered keys and values are cached."""
+        return self._cached.astype(np.int32)
+
+    def save_prompt(self) -> bytes:
+        """The keys and values of `held`, for `load_prompt` of a fork."""
+        return self._open_decoder().save(len(self._cached))
+
+    def load_prompt(self, tokens: np.ndarray, data: bytes) -> bool:
+        """Take over what a fork saved; the same floats, bit for bit. False, and an empty cache, when refused."""
+        self.forget_prompt()
+        if not self._open_decoder().load(data, len(tokens)):
+            return False
+        self._cached = tokens.astype(np.int64)
+        return True
+
+    def forget_prompt(self) -> None:
+        """Empty the cache; an unfinished answer then raises BackendError."""
+        self._open_decoder()
+        self._turn += 1
+        self._cached = self._cached[:0]
 
     def _fill_cache(self, decoder: OnnxDecoder, tokens: np.ndarray, cancelled: Callable[[], bool] | None) -> int:
         """Make the first row hold exactly `tokens`, unsteered; returns how many it held before.
 
         What was decoded under steering lies behind `_cached` and is overwritten, never read.
         """
-        keep = _common_prefix(self._cached, tokens)
+        keep = common_prefix(self._cached, tokens)
         if not keep == len(tokens) == len(self._cached):
             keep -= keep % PREFILL_CHUNK
         self._cached = self._cached[:keep]
@@ -242,10 +285,10 @@ class OnnxBackend:
         carry no stats. Raises ContextOverflow, InputError, BackendError, SessionClosed.
         """
         one = self._open_decoder()
-        checked = [self._check_prompt(prompt) for prompt in prompts]
+        checked = [check_prompt(self.info, prompt) for prompt in prompts]
         if not checked:
             return []
-        steering = self._steering_rows(vectors, len(checked))
+        steering = steering_rows(self.info, vectors, len(checked))
         longest = max(len(prompt) for prompt in checked)
         room = min(longest + sampling.max_tokens, self.info.n_ctx)
         size = max(1, min(len(checked), N_ROWS, CELL_LIMIT // room))
@@ -322,10 +365,10 @@ class OnnxBackend:
         """Teacher-forced logits, see the protocol. Memory: 4 * n_vocab bytes per completion token."""
         decoder = self._open_decoder()
         self._turn += 1
-        tokens, steering = self._check_prompt(prompt), self._check_vectors(vectors)
-        checked = [self._check_tokens(completion, "completion") for completion in completions]
+        tokens, steering = check_prompt(self.info, prompt), check_vectors(self.info, vectors)
+        checked = [check_tokens(self.info, completion, "completion") for completion in completions]
         for completion in checked:
-            self._check_fits(len(tokens) + len(completion) - 1, "prompt with its completion")
+            check_fits(self.info, len(tokens) + len(completion) - 1, "prompt with its completion")
         self._fill_cache(decoder, tokens[:-1], None)
         scores = []
         for completion in checked:
@@ -338,58 +381,18 @@ class OnnxBackend:
             scores.append(out)
         return scores
 
-    # -- checks ----------------------------------------------------------------------------------------------------
+    def score_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        vectors: SteeringVectors | None,
+    ) -> Iterator[np.ndarray]:
+        """`score` of completion i after prompt i, one array at a time. Raises as `score`, while iterating."""
+        for prompt, completion in zip(prompts, completions, strict=True):
+            yield from self.score(prompt, [completion], vectors=vectors)
+
     def _open_decoder(self) -> OnnxDecoder:
         if self._decoder is None:
             raise SessionClosed("this backend is closed; open it again")
         return self._decoder
-
-    def _check_tokens(self, tokens: Sequence[int], name: str) -> np.ndarray:
-        array = np.asarray(tokens)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise InputError(f"the {name} is not a list of token ids")
-        if array.size and not (array.min() >= 0 and array.max() < self.info.n_vocab):
-            raise InputError(f"the {name} holds a token id outside the vocabulary of {self.info.n_vocab}")
-        return array.astype(np.int64)
-
-    def _check_prompt(self, prompt: Sequence[int]) -> np.ndarray:
-        tokens = self._check_tokens(prompt, "prompt")
-        if not len(tokens):
-            raise InputError("the prompt is empty")
-        self._check_fits(len(tokens), "prompt")
-        return tokens
-
-    def _check_fits(self, n: int, what: str) -> None:
-        if n > self.info.n_ctx:
-            raise ContextOverflow(
-                f"the {what} is {n} tokens long and the context holds {self.info.n_ctx}; shorten it or raise --n-ctx"
-            )
-
-    def _check_vectors(self, vectors: SteeringVectors | None) -> np.ndarray | None:
-        """(1, n_layer, d_model), or None for the base. Raises InputError when their shape is another model's."""
-        if vectors is None:
-            return None
-        expected = (self.info.n_layer, self.info.d_model)
-        if vectors.array.shape != expected:
-            raise InputError(f"the steering vectors have shape {vectors.array.shape}; this base has {expected}")
-        return None if vectors.is_zero else vectors.array[None]
-
-    def _steering_rows(self, vectors: BatchVectors, n: int) -> np.ndarray | None:
-        """(1 or n, n_layer, d_model), or None for the base."""
-        if vectors is None or isinstance(vectors, SteeringVectors):
-            return self._check_vectors(vectors)
-        if len(vectors) != n:
-            raise InputError(f"{n} prompts and {len(vectors)} steering vectors do not pair up")
-        zero = np.zeros((1, self.info.n_layer, self.info.d_model), np.float32)
-        found = [self._check_vectors(each) for each in vectors]
-        return np.concatenate([zero if each is None else each for each in found])
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
-
-
-def _rate(n: int, seconds: float) -> float:
-    return n / seconds if n > 0 and seconds > 0 else 0.0

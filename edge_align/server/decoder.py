@@ -24,7 +24,7 @@ from edge_align.config import SamplingConfig, ServerConfig
 from edge_align.errors import BackendError, EdgeAlignError
 from edge_align.records import GenerationChunk, SteeringVectors
 from edge_align.runtime.base import Backend, check_sampling, Forking
-from edge_align.runtime.llama_checks import common_prefix
+from edge_align.runtime.tokens import common_prefix
 from edge_align.server.engine import Engine
 from edge_align.server.prompt_cache import PromptCache
 from edge_align.server.refusal import busy, loading, Refusal

@@ -13,13 +13,14 @@ import numpy as np
 from edge_align.assistant import Assistant
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import RuntimeConfig, SamplingConfig
-from edge_align.errors import EdgeAlignError, InputError
+from edge_align.engines import open_backend
+from edge_align.errors import EdgeAlignError, InputError, PackMissing
 from edge_align.home import Home
 from edge_align.pack import LatentPack
 from edge_align.profiles import ProfileStore
 from edge_align.records import Prompt, SteeringVectors, user_prompt
 from edge_align.registry import find_pack
-from edge_align.runtime.base import Backend
+from edge_align.runtime.base import Backend, Forking
 
 if TYPE_CHECKING:
     from edge_align.runtime.activations import ActivationReader
@@ -81,7 +82,8 @@ class Shelf:
         return Steering(assistant.profile.version, assistant.vectors(prompt, strength=strength))
 
     def _load(self, name: str) -> Assistant:
-        self._pack = self._pack or find_pack(self._base, self._home)
+        with suppress(PackMissing):  # a profile that is vectors needs none; any other then says what is missing
+            self._pack = self._pack or find_pack(self._base, self._home)
         assistant = Assistant(
             base=self._base, backend=self._backend, home=self._home, runtime=self._runtime, pack=self._pack
         )
@@ -111,17 +113,20 @@ class Embedder:
 
 
 def opener(home: Home, model: str | None, runtime: RuntimeConfig) -> Callable[[], Engine]:
-    """A function that opens the base in llama.cpp, ready for a first answer that waits for nothing but its tokens."""
+    """A function that opens the base in the engine that reads its files, ready for a first answer.
+
+    An ONNX export makes no embeddings: its graph gives no hidden states.
+    """
 
     def open_engine() -> Engine:
-        from edge_align.runtime.llamacpp import LlamaCppBackend
-
         base = find_base(model, home=home)
-        backend = LlamaCppBackend.open(base.path, config=runtime)
+        backend = open_backend(base, runtime)
         with suppress(EdgeAlignError):  # what is wrong is told to whoever asks for an answer
             greeting = backend.render(user_prompt("Hello"))  # compiles the template
             list(backend.generate(greeting, vectors=None, sampling=SamplingConfig(max_tokens=1)))  # reads the weights
-            backend.forget_prompt()
-        return Engine(backend, Shelf(home, base, backend, runtime), base, Embedder(base, runtime))
+            if isinstance(backend, Forking):
+                backend.forget_prompt()
+        embed = Embedder(base, runtime) if base.export is None else None
+        return Engine(backend, Shelf(home, base, backend, runtime), base, embed)
 
     return open_engine

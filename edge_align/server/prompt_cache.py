@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_align.runtime.llama_checks import common_prefix
+from edge_align.runtime.tokens import common_prefix
 
 WORTH_KEEPING = 64  # tokens; copies of every short question would push out the long prompts
 

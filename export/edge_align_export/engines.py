@@ -16,6 +16,7 @@ import numpy as np
 from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, CorruptArtefact
 from edge_align.files import shown
+from edge_align.onnx_files import is_export
 from edge_align.records import SteeringVectors
 
 Score = Callable[[Sequence[int], Sequence[int], SteeringVectors | None], np.ndarray]
@@ -105,10 +106,23 @@ def open_llamacpp(path: Path, runtime: RuntimeConfig) -> Iterator[Score]:
         yield lambda prompt, completion, vectors: backend.score(prompt, [completion], vectors=vectors)[0]
 
 
+@contextmanager
+def open_onnx(path: Path, runtime: RuntimeConfig) -> Iterator[Score]:
+    """ONNX Runtime, through the backend that answers."""
+    from edge_align.runtime.onnx import OnnxBackend
+
+    with OnnxBackend.open(path, config=runtime) as backend:
+        yield lambda prompt, completion, vectors: backend.score(prompt, [completion], vectors=vectors)[0]
+
+
 REFERENCES = (Engine("PyTorch", is_gguf, open_torch), Engine("PyTorch", is_hf_folder, open_transformers))
 """What a reference may be opened with, in float32."""
 
-ENGINES = (*REFERENCES, Engine("llama.cpp", is_gguf, open_llamacpp))
+ENGINES = (
+    *REFERENCES,
+    Engine("llama.cpp", is_gguf, open_llamacpp),
+    Engine("ONNX Runtime", is_export, open_onnx),
+)
 """Every engine that is compared."""
 
 

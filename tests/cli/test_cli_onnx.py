@@ -38,6 +38,7 @@ def test_what_cannot_be_exported_or_run_is_one_line_and_code_2(run, checkpoint: 
         (["export", "onnx", "--from", str(checkpoint), "--out", str(out)], "is not empty"),
         (["export", "onnx", "--from", "no-such", "--out", str(tmp_path / "new")], "neither a GGUF file nor a folder"),
         (["generate", "hi", "--engine", "onnx"], "edge-align export onnx --from"),
+        (["serve", "--port", "0", "--engine", "onnx"], "edge-align export onnx --from"),
         (["generate", "hi", "--model", str(foreign)], "is not a finished ONNX export of edge-align"),
         (["generate", "hi", "--model", str(foreign / "model.onnx")], "is not a finished ONNX export of edge-align"),
         (["generate", "hi", "--model", str(out)], "neither a file nor one of the known ids"),

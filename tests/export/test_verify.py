@@ -54,7 +54,60 @@ def test_the_same_weights_agree_in_every_engine_and_rounded_ones_are_only_report
         same, rounded = found["hf-F16.gguf", "llama.cpp", vectors], found["hf-Q4_0.gguf", "llama.cpp", vectors]
         assert same["positions"] == 96 and same["max_difference"] < 0.05 and same["widest_gap"] < 0.1
         assert rounded["passes"] is None and rounded["max_difference"] > 10 * same["max_difference"]
+    assert found["hf-F16.gguf", "llama.cpp", "none"]["preference_error"] is None
+    same, rounded = (found[file, "llama.cpp", "random"] for file in ("hf-F16.gguf", "hf-Q4_0.gguf"))
+    assert 0 < same["preference_error"] < rounded["preference_error"]
     json.dumps(report)
+
+
+@pytest.fixture(scope="module")
+def exports(made, tmp_path_factory) -> Path:
+    """fp32 and int4 exports of the F16 file, and rounded/, an fp32 export of the Q4_0 file."""
+    pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
+    from edge_align_export.onnx_export import export_onnx
+
+    place = tmp_path_factory.mktemp("exports")
+    for name, file, precision in (("fp32", "F16", "fp32"), ("int4", "F16", "int4"), ("rounded", "Q4_0", "fp32")):
+        export_onnx(made / "dist" / f"hf-{file}.gguf", place / name, precision=precision)
+    return place
+
+
+def folder_of(place: Path, *parts: Path) -> Path:
+    place.mkdir()
+    for part in parts:
+        (place / part.name).symlink_to(part, target_is_directory=part.is_dir())
+    return place
+
+
+def test_exports_are_held_to_pytorch_and_only_floating_point_ones_are_judged(made, exports, tmp_path):
+    folder = folder_of(tmp_path / "dist", made / "dist" / "hf-F16.gguf", exports / "fp32", exports / "int4")
+    found = rows(verify(folder, **FEW))
+    assert found.keys() == {
+        (*artefact, vectors)
+        for artefact in (("hf-F16.gguf", "llama.cpp"), ("fp32", "ONNX Runtime"), ("int4", "ONNX Runtime"))
+        for vectors in ("none", "random")
+    }
+    same, rounded = (found[name, "ONNX Runtime", "random"] for name in ("fp32", "int4"))
+    assert same["passes"] and same["max_difference"] <= 1e-3 and same["preference_error"] < 1e-3
+    assert rounded["passes"] is None and rounded["preference_error"] > 10 * same["preference_error"]
+
+
+def test_a_floating_point_export_of_a_rounded_file_is_judged_against_that_file_alone(made, exports, tmp_path):
+    full, small = (made / "dist" / f"hf-{name}.gguf" for name in ("F16", "Q4_0"))
+    row = ("rounded", "ONNX Runtime", "none")
+    both = rows(verify(folder_of(tmp_path / "both", full, small, exports / "rounded"), **FEW))
+    assert both[row]["passes"] is None
+    alone = verify(folder_of(tmp_path / "alone", small, exports / "rounded"), **FEW)
+    assert rows(alone)[row]["passes"] and rows(alone)[row]["max_difference"] <= 1e-3
+    foreign = verify(folder_of(tmp_path / "foreign", full, exports / "rounded"), **FEW)
+    assert rows(foreign)[row]["passes"] is False and not foreign["ok"]
+
+
+def test_a_folder_of_exports_alone_is_held_to_the_least_rounded_one_and_says_so(exports, tmp_path):
+    report = verify(folder_of(tmp_path / "dist", exports / "fp32", exports / "int4"), **FEW)
+    assert (report["reference"], report["reference_engine"]) == ("fp32", "ONNX Runtime")
+    assert "PyTorch reads no ONNX export" in report["notes"][0]
+    assert {row["artefact"] for row in report["rows"]} == {"int4"}
 
 
 def test_a_folder_of_transformers_is_a_reference_with_the_same_steering(made):
@@ -96,7 +149,7 @@ def test_bits_of_a_file_are_those_of_its_matrices(made, tmp_path):
 
 
 def test_nothing_to_compare_is_said(tmp_path):
-    for match in ("is no folder", "holds no GGUF"):
+    for match in ("is no folder", "holds no GGUF and no ONNX export"):
         with pytest.raises(InputError, match=match):
             verify(tmp_path / "none" if "folder" in match else tmp_path, **FEW)
     write_gguf(tmp_path / "plamo.gguf", "plamo2")

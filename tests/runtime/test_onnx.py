@@ -1,6 +1,7 @@
 """The ONNX Runtime engine keeps the contracts of `runtime.base`, on a tiny model and on the default base."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow,
 from edge_align.features import AnswerEncoder, embedding_table, open_base_encoder, prompt_features
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.records import join_chunks, Message, SteeringVectors, user_prompt
+from edge_align.runtime.base import Forking
 from edge_align.runtime.llamacpp import LlamaCppBackend, probe_steering
 from edge_align.runtime.onnx import OnnxBackend, PREFILL_CHUNK
 from edge_align.runtime.onnx_session import choose_provider
@@ -100,6 +102,44 @@ def test_an_answer_does_not_depend_on_what_was_cached_before(
         (first,) = fresh.score(long, [PROMPTS[0]], vectors=tiny_vectors[1])
     (second,) = tiny.score(long, [PROMPTS[0]], vectors=tiny_vectors[1])
     assert np.array_equal(first, second)
+
+
+# -- forks -------------------------------------------------------------------------------------------------------
+def test_forks_decode_in_turns_what_each_decodes_alone(tiny: OnnxBackend, tiny_vectors) -> None:
+    assert isinstance(tiny, Forking)
+    alone = [answer(tiny, PROMPTS[i], tiny_vectors[i], GREEDY) for i in range(2)]
+    with tiny.fork() as other:
+        streams = [
+            backend.generate(PROMPTS[i], vectors=tiny_vectors[i], sampling=GREEDY)
+            for i, backend in enumerate((tiny, other))
+        ]
+        turns = [[first, second] for first, second in zip_longest(*streams)]
+    for i, tokens in enumerate(alone):
+        assert join_chunks([turn[i] for turn in turns if turn[i] is not None]).tokens == tokens
+
+
+def test_a_saved_prompt_is_taken_over_bit_for_bit_and_a_cut_one_refused(tiny: OnnxBackend, tiny_vectors) -> None:
+    expected = answer(tiny, PROMPTS[5], tiny_vectors[0], GREEDY)
+    held, data = tiny.held, tiny.save_prompt()
+    assert held.tolist() == PROMPTS[5][:-1]
+    with tiny.fork() as other:
+        assert not other.load_prompt(held, data[:-4]) and not len(other.held)
+        assert other.load_prompt(held, data) and other.save_prompt() == data
+        chunks = list(other.generate(PROMPTS[5], vectors=tiny_vectors[0], sampling=GREEDY))
+        assert join_chunks(chunks).tokens == expected
+        assert chunks[-1].stats is not None and chunks[-1].stats.cached_tokens == len(held)
+        other.forget_prompt()
+        assert not len(other.held)
+
+
+def test_closing_an_engine_closes_its_forks_and_not_the_other_way(tiny_export: Path) -> None:
+    backend = OnnxBackend.open(tiny_export, config=ONE_THREAD)
+    first, second = backend.fork(), backend.fork()
+    first.close()
+    second.tokenize("a")
+    backend.close()
+    with pytest.raises(SessionClosed):
+        second.tokenize("a")
 
 
 # -- streaming -----------------------------------------------------------------------------------------------------
