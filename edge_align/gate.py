@@ -1,8 +1,8 @@
-"""Is a profile better than chance? Cross-validation grouped by prompt, with a label-permutation p.
+"""Is a profile better than chance? Cross-validation grouped by prompt, and a label-permutation p.
 
 Flipping the label of a pair, or shuffling the labels of ratings, is exactly what "these verdicts mean nothing" says,
 so the permutation p is valid at any sample size: shuffled labels pass a gate at level alpha in at most alpha of cases.
-Every fold of every permutation is one row of a single batched fit (`latent_dpo.fit_batch`).
+What is permuted is how far the verdicts on each prompt agree with those on all others (docs/decisions/0006).
 """
 
 from __future__ import annotations
@@ -79,43 +79,63 @@ def cross_validate(
     permutations: int = 199,
     seed: int = 0,
 ) -> HeldOut:
-    """Held-out accuracy and its permutation p.
+    """Held-out accuracy of the policy, and the permutation p of the verdicts' agreement across prompts.
 
-    The statistic is the mean over held-out rows of the squashed margin, which has more power than the accuracy
-    itself at ten or twenty rows; the accuracy is what is reported.
+    The accuracy is what is reported; at ten or twenty rows it is too coarse to decide by.
     """
     n, m = len(feedback.chosen), len(feedback.rated)
-    rng = np.random.default_rng(seed + 1)
-    most = FOLDS if n + m <= MANY_ROWS else FOLDS // 2
-    fold = folds(np.concatenate([feedback.pair_group, feedback.rated_group]), most=most, seed=seed)
-    n_folds = int(fold.max()) + 1
-    versions = permutations + 1
-    flips = rng.integers(0, 2, (versions, n)) * 2 - 1
-    flips[0] = 1
-    labels = np.stack([feedback.rated_up] + [rng.permutation(feedback.rated_up) for _ in range(permutations)])
-    train = fold[None] != np.arange(n_folds)[:, None]  # (n_folds, n + m)
-    pair_weight = (flips[:, None] * train[None, :, :n] * feedback.pair_weight).reshape(versions * n_folds, n)
-    rated_weight = np.broadcast_to(train[None, :, n:] * feedback.rated_weight, (versions, n_folds, m)).reshape(
-        versions * n_folds, m
+    groups = np.concatenate([feedback.pair_group, feedback.rated_group])
+    fold = folds(groups, most=FOLDS if n + m <= MANY_ROWS else FOLDS // 2, seed=seed)
+    theta = _left_out(feedback, contrasts, fold, config=config)
+    margins = held_out_margins(feedback, theta[None], fold)[0] * np.concatenate(
+        [np.ones(n), feedback.rated_up * 2.0 - 1]
     )
-    rated_labels = np.repeat(labels, n_folds, axis=0).reshape(versions * n_folds, m)
-    theta = fit_batch(
-        contrasts,
-        torch.from_numpy(pair_weight.astype(np.float32)),
-        torch.from_numpy(rated_labels),
-        torch.from_numpy(np.array(rated_weight, dtype=np.float32)),
-        k=feedback.k,
-        config=config,
-    ).view(versions, n_folds, -1)
-    margins = held_out_margins(feedback, theta, fold) * np.concatenate([flips, labels * 2 - 1], axis=1)
-    scale = np.sqrt((margins**2).mean(1, keepdims=True)) + 1e-12
-    statistic = np.tanh(margins / scale).mean(1)
-    correct = float((margins[0] > 0).sum() + 0.5 * (margins[0] == 0).sum())
+    correct = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
     low, high = wilson(correct, n + m)
-    p = float((statistic >= statistic[0] - 1e-12).sum()) / versions
+    statistic = agreement(feedback, permutations=permutations, rng=np.random.default_rng(seed + 1))
+    p = float((statistic >= statistic[0] - 1e-6 * abs(statistic[0])).sum()) / len(statistic)
     spread = float(statistic[1:].std())
     z = float(statistic[0] - statistic[1:].mean()) / spread if spread > 1e-9 else 0.0
     return HeldOut(accuracy=correct / (n + m), ci_low=low, ci_high=high, p=p, n=n + m, z=z)
+
+
+def agreement(feedback: LatentFeedback, *, permutations: int, rng: np.random.Generator) -> np.ndarray:
+    """How far verdicts on different prompts agree, as given and under permutations: (1 + permutations,).
+
+    The sum of v_i . v_j over rows i, j of different prompts, v the chosen latent minus the rejected one, or a rated one
+    times its label less the mean label: what the mean direction of all other prompts says of each row left out, summed.
+    Rows are divided by the root of their length, so that no single one decides.
+    """
+    rows = np.concatenate([feedback.chosen - feedback.rejected, feedback.rated])
+    weight = np.concatenate([feedback.pair_weight, feedback.rated_weight])
+    length = np.linalg.norm(rows, axis=1)
+    rows = rows * (weight / np.sqrt(np.maximum(length, 1e-12)))[:, None]
+    groups = np.concatenate([feedback.pair_group, feedback.rated_group])
+    alike = (rows @ rows.T) * (groups[:, None] != groups[None])
+    n, m = len(feedback.chosen), len(feedback.rated)
+    flips = rng.integers(0, 2, (permutations + 1, n)) * 2.0 - 1
+    flips[0] = 1
+    labels = feedback.rated_up * 2.0 - 1
+    labels = labels - labels.mean() if m else labels
+    said = np.concatenate([flips, np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])], axis=1)
+    return np.asarray(((said @ alike) * said).sum(1))
+
+
+def _left_out(
+    feedback: LatentFeedback, contrasts: Contrasts, fold: np.ndarray, *, config: LatentDPOConfig
+) -> torch.Tensor:
+    """Means (folds, k) of the policies that are fitted without one fold each; fold (n + m,)."""
+    n, m = len(feedback.chosen), len(feedback.rated)
+    n_folds = int(fold.max()) + 1
+    train = (fold[None] != np.arange(n_folds)[:, None]).astype(np.float32)
+    return fit_batch(
+        contrasts,
+        torch.from_numpy(train[:, :n] * feedback.pair_weight),
+        torch.from_numpy(np.broadcast_to(feedback.rated_up, (n_folds, m)).copy()),
+        torch.from_numpy(train[:, n:] * feedback.rated_weight),
+        k=feedback.k,
+        config=config,
+    )
 
 
 def held_out_margins(feedback: LatentFeedback, theta: torch.Tensor, fold: np.ndarray) -> np.ndarray:
@@ -150,17 +170,7 @@ def compare_on_new(
     """
     n = len(feedback.chosen)
     fold = folds(np.concatenate([feedback.pair_group, feedback.rated_group]), most=FOLDS, seed=seed)
-    n_folds = int(fold.max()) + 1
-    train = (fold[None] != np.arange(n_folds)[:, None]).astype(np.float32)
-    labels = np.broadcast_to(feedback.rated_up, (n_folds, len(feedback.rated))).copy()
-    theta = fit_batch(
-        contrasts,
-        torch.from_numpy(train[:, :n] * feedback.pair_weight),
-        torch.from_numpy(labels),
-        torch.from_numpy(train[:, n:] * feedback.rated_weight),
-        k=feedback.k,
-        config=config,
-    )
+    theta = _left_out(feedback, contrasts, fold, config=config)
     known = torch.from_numpy(np.broadcast_to(active, theta.shape).astype(np.float32).copy())
     signs = np.concatenate([np.ones(n), feedback.rated_up * 2.0 - 1.0])
     margins = held_out_margins(feedback, torch.stack([theta, known]), fold) * signs

@@ -99,19 +99,17 @@ class Stopped(Exception):
 def built(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Any:
     """A tiny latent pack of the default base, built once, after a first run was stopped half-way.
 
-    (the home it was built in, the report, progress as it was told, seconds of sampling in the stopped run)
+    (the home it was built in, the report, progress as it was told, when each kept file was written in the stopped run)
     """
-    import time
-
     from edge_align.config import RuntimeConfig
     from edge_align.home import Home
     from edge_align_export.pack import build_pack, LinearConfig
 
     config = LinearConfig(
-        prompts=16,
+        prompts=20,  # sampled, and kept, 16 at a time
         answers=2,
         max_tokens=16,
-        k=12,  # more than 32 answers can carry
+        k=12,  # more than 40 answers can carry
         metric_answers=2,
         metric_tokens=8,
         curve_points=4,
@@ -120,24 +118,22 @@ def built(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Any:
         loop_tokens=8,
     )
     home, runtime = Home(tmp_path_factory.mktemp("built")), RuntimeConfig(n_threads=1, n_ctx=512)
-    sampling: list[float] = []
 
     def stop_late(stage: str, done: float) -> None:
-        if stage == "sample" and done in (0.0, 1.0):
-            sampling.append(time.monotonic())
         if stage == "solve":
             raise Stopped
 
     with pytest.raises(Stopped):
         build_pack(home=home, model=None, config=config, runtime=runtime, progress=stop_late)
     assert not home.packs_dir.exists()
-    kept = next(home.cache_dir.glob("pack-*/*.npy"))
-    kept.write_bytes(kept.read_bytes()[:100])  # what a full disk might leave
+    kept = {path.name: path.stat().st_mtime_ns for path in home.cache_dir.glob("pack-*/*")}
+    (damaged,) = home.cache_dir.glob("pack-*/answers-00016.npy")
+    damaged.write_bytes(damaged.read_bytes()[:100])  # what a full disk might leave
     told: list[tuple[str, float]] = []
     report = build_pack(
         home=home, model=None, config=config, runtime=runtime, progress=lambda *stage: told.append(stage)
     )
-    return home, report, told, sampling[1] - sampling[0]
+    return home, report, told, kept
 
 
 @pytest.fixture

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.people import direction, feedback
 
-from edge_align.gate import cross_validate, earns_head, folds, GATE_P, HeldOut, split_half_reliability, wilson
+from edge_align.gate import (
+    agreement,
+    cross_validate,
+    earns_head,
+    folds,
+    GATE_P,
+    HeldOut,
+    split_half_reliability,
+    wilson,
+)
 from edge_align.latent_dpo import draw_contrasts, LatentDPOConfig
 
 CONFIG = LatentDPOConfig()
@@ -57,6 +66,30 @@ def test_a_taste_passes_in_pairs_ratings_and_both(pairs, ratings):
     assert found.n == pairs + ratings
     assert found.accuracy > 0.7 and found.ci_low < found.accuracy < found.ci_high
     assert found.z > 2.3 and found.more_rows() is not None
+
+
+def test_agreement_is_the_double_sum_over_rows_of_different_prompts():
+    """Naively, one permutation at a time, from the definition."""
+    people = feedback(pairs=7, ratings=5, taste=direction())
+    people = replace(people, pair_group=np.array([0, 0, 1, 2, 3, 3, 4]), rated_group=np.array([0, 5, 6, 6, 2]))
+    people = replace(people, pair_weight=np.linspace(0.5, 1.5, 7, dtype=np.float32))
+    found = agreement(people, permutations=3, rng=np.random.default_rng(4))
+    rng = np.random.default_rng(4)
+    flips = rng.integers(0, 2, (4, 7)) * 2 - 1
+    labels = [float(up) * 2 - 1 for up in people.rated_up]
+    groups = [*people.pair_group, *people.rated_group]
+    for at in range(4):
+        given = labels if at == 0 else list(rng.permutation(labels))
+        said = []
+        for i in range(7):
+            row = (people.chosen[i] - people.rejected[i]).astype(float)
+            sign = 1 if at == 0 else flips[at, i]
+            said.append(sign * people.pair_weight[i] * row / np.linalg.norm(row) ** 0.5)
+        for i in range(5):
+            row = people.rated[i].astype(float)
+            said.append((given[i] - np.mean(labels)) * row / np.linalg.norm(row) ** 0.5)
+        total = sum(said[i] @ said[j] for i in range(12) for j in range(12) if groups[i] != groups[j])
+        assert found[at] == pytest.approx(total, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("label", [True, False])

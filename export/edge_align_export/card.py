@@ -9,16 +9,16 @@ from typing import Any
 def card(manifest: Mapping[str, Any]) -> str:
     """Markdown for people; every figure is from the manifest."""
     health = manifest["health"]
-    minutes = sum(manifest["seconds"].values()) / 60
     return f"""# Latent pack for {manifest["base"]}
 
 Maps answers to {manifest["k"]} latents and latents to steering vectors for blocks {manifest["layers"][0]} to
 {manifest["layers"][1]} of one base model. Everyone who uses this base shares the pack; it holds nothing of any person.
 It fits the base with hash `{manifest["base_hash"]}` and no other.
 
-Made by `{manifest["command"]}` with edge-align {manifest["edge_align"]} from {manifest["answers"]} answers, in
-{minutes:.0f} minutes. The answers are the base's own to the prompts of set `pack` (`edge_align.simulation.prompts`),
-sampled at temperature 1, top-k 100, top-p 0.95, seed {manifest["config"]["seed"]}.
+Made by `{manifest["command"]}` with edge-align {manifest["edge_align"]}
+from {manifest["answers"]} answers of up to {manifest["config"]["max_tokens"]} tokens. They are the base's own,
+to the prompts of set `pack` (`edge_align.simulation.prompts`), sampled at
+temperature 1, top-k 100, top-p 0.95, seed {manifest["config"]["seed"]}.
 
 | health | value |
 | --- | --- |

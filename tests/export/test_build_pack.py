@@ -11,7 +11,7 @@ from edge_align.home import Home
 from edge_align.pack import load_pack, MANIFEST
 from edge_align_export.pack import build_pack, LinearConfig, steered_layers
 
-STAGES = ["sample", "activations", "solve", "metric", "KL curve", "closed loop"]
+STAGES = ["sample", "solve", "metric", "KL curve", "closed loop"]
 
 
 @pytest.fixture
@@ -53,11 +53,14 @@ def test_the_report_and_the_progress_name_every_stage_in_order(built, folder):
 
 
 def test_a_stopped_run_goes_on_from_what_it_kept(built):
-    """Answers are taken from the disk; the activations, one file of which was damaged, are read again."""
-    home, report, _, sampling = built
-    assert {path.suffix for path in home.cache_dir.glob("pack-*/*")} == {".json", ".npy"}
-    assert report["seconds"]["sample"] < 0.25 * sampling
-    assert report["answers"] == 32
+    """What is whole is taken from the disk; the prompts whose activations were damaged are sampled again."""
+    home, report, _, kept = built
+    now = {path.name: path.stat().st_mtime_ns for path in home.cache_dir.glob("pack-*/answers-*")}
+    assert (
+        set(now) == set(kept) == {f"answers-{start}.{kind}" for start in ("00000", "00016") for kind in ("json", "npy")}
+    )
+    assert [name for name in sorted(now) if now[name] != kept[name]] == ["answers-00016.json", "answers-00016.npy"]
+    assert report["answers"] == 40
 
 
 def test_unknown_recipes_and_sizes_are_refused_before_any_work(tmp_path):

@@ -36,7 +36,7 @@ def everything():
         "errors": [
             error(temperature=-1),
             error(api_key="wrong"),
-            error(model="openai/gpt-5"),
+            error(model="openai/no-such-model"),
             error(text="x" * (1 << 20)),
         ],
     }
