@@ -14,8 +14,9 @@ from edge_align.home import Home
 from edge_align.pack import LatentPack, load_pack, MANIFEST
 from edge_align.profiles import ProfileStore, Usable
 
-MINUTES_PER_GB = 360.0
-"""`export pack --recipe linear`: measured minutes on two cores per gigabyte of GGUF, at the default sample size."""
+MINUTES_PER_GB = 700.0
+"""`export pack --recipe linear`: measured minutes on two cores without bfloat16, per gigabyte of GGUF, at the
+default sample size; with bfloat16 less than half."""
 
 
 def shipped_packs() -> Path:
