@@ -24,6 +24,8 @@ BEGIN, END = "<!-- begin: bench/report.py -->", "<!-- end: bench/report.py -->"
 
 Result = dict[str, Any]
 
+SIZES = (100, 20)  # pairs
+
 
 class Results:
     """The documents of bench/results, oldest first. `used`: those that were asked for."""
@@ -92,14 +94,19 @@ def source(result: Result) -> str:
 
 
 # -- sections ------------------------------------------------------------------------------------------------------
+def quality_of(results: Results, pairs: int) -> tuple[Result, list[Result]]:
+    """The newest quality result at this number of pairs, and its rows."""
+    result = results.newest("quality", where=lambda r: any(row["pairs"] == pairs for row in r["users"]))
+    return result, [row for row in result["users"] if row["pairs"] == pairs]
+
+
 def quality(results: Results) -> str:
-    result = results.newest("quality")
     parts = [
-        f"Base: {result['base']}. {result['prompts']} unseen prompts; a tie counts half; the interval is the 95 % "
+        "A tie counts half; the interval is the 95 % bootstrap interval over prompts. NLL and distinct-2 are relative "
     ]
-    parts[0] += "bootstrap interval over prompts. NLL and distinct-2 are relative to the base's own answers."
-    for size in sorted({row["pairs"] for row in result["users"]}, reverse=True):
-        rows = [row for row in result["users"] if row["pairs"] == size]
+    parts[0] += "to the base's own answers."
+    for size in SIZES:
+        result, rows = quality_of(results, size)
         body = [
             [
                 row["user"].replace("_", " "),
@@ -113,22 +120,14 @@ def quality(results: Results) -> str:
             ]
             for row in rows
         ]
+        means = [mean(row[name] for row in rows) for name in ("win_rate", "nll_ratio", "distinct2_ratio")]
         body.append(
-            [
-                "**mean**",
-                percent(mean(row["win_rate"] for row in rows), 1),
-                "",
-                f"{mean(row['nll_ratio'] for row in rows):.2f} x",
-                f"{mean(row['distinct2_ratio'] for row in rows):.2f} x",
-                "",
-                "",
-                "",
-            ]
+            ["**mean**", percent(means[0], 1), "", f"{means[1]:.2f} x", f"{means[2]:.2f} x", "", "", ""],
         )
         head = ["user", "win rate", "by a second judge", "NLL", "distinct-2", "tokens (base)", "gate p"]
         head.append("predicted / measured KL at strength " + ", ".join(str(kl["strength"]) for kl in rows[0]["kl"]))
-        parts.append(f"**{size} pairs**\n\n{table(head, body)}")
-    return "\n\n".join([*parts, source(result)])
+        parts.append(f"**{size} pairs, {result['prompts']} unseen prompts**\n\n{table(head, body)}\n\n{source(result)}")
+    return "\n\n".join(parts)
 
 
 def directions(results: Results) -> str:
@@ -152,7 +151,7 @@ def directions(results: Results) -> str:
 
 def gate(results: Results) -> str:
     parts = []
-    for pairs in (20, 100):
+    for pairs in SIZES:
         result, rows = gate_of(results, pairs)
         shuffled = {row["user"]: row for row in rows["shuffled"]}
         body = [
@@ -268,14 +267,16 @@ def page(results: Results) -> str:
 
 
 def readme_table(results: Results) -> str:
-    found, time, lora = (results.newest(name) for name in ("quality", "personalize_time", "training_time"))
+    found, _ = quality_of(results, 100)
+    time, lora = (results.newest(name) for name in ("personalize_time", "training_time"))
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
     null = results.newest("nulls", where=lambda r: "directions" in r)["directions"]
     dtype = "bf16" if time["machine"]["bf16"] else "fp32"
 
     def won(size: int) -> str:
-        rates = [row["win_rate"] for row in found["users"] if row["pairs"] == size]
-        return f"{percent(mean(rates))} ({percent(min(rates))})"
+        result, rows = quality_of(results, size)
+        rates = [row["win_rate"] for row in rows]
+        return f"{percent(mean(rates))} ({percent(min(rates))}){earlier(result) if result is not found else ''}"
 
     def passed(pairs: int, kind: str) -> str:
         rows = gate_of(results, pairs)[1][kind]
@@ -335,7 +336,7 @@ def draw(results: Results) -> None:
     mpl.rcParams |= {"svg.hashsalt": "edge-align", "font.size": 9}
     from matplotlib import pyplot as plt
 
-    rows = results.newest("quality")["users"]
+    rows = [row for size in SIZES for row in quality_of(results, size)[1]]
     nulls = {
         row["user"]: row for row in results.newest("nulls", where=lambda r: "directions" in r)["directions"]["users"]
     }
