@@ -124,7 +124,7 @@ def agreement(feedback: LatentFeedback, *, permutations: int, rng: np.random.Gen
 def _left_out(
     feedback: LatentFeedback, contrasts: Contrasts, fold: np.ndarray, *, config: LatentDPOConfig
 ) -> torch.Tensor:
-    """Means (folds, k) of the policies that are fitted without one fold each; fold (n + m,)."""
+    """What `fit_batch` gives for the policies that are fitted without one fold each, (folds, width); fold (n + m,)."""
     n, m = len(feedback.chosen), len(feedback.rated)
     n_folds = int(fold.max()) + 1
     train = (fold[None] != np.arange(n_folds)[:, None]).astype(np.float32)
@@ -216,19 +216,9 @@ def earns_head(feedback: LatentFeedback, contrasts: Contrasts, *, config: Latent
     if n + len(feedback.rated) < HEAD_ROWS or n < HEAD_ROWS // 2:
         return False
     fold = folds(np.concatenate([feedback.pair_group, feedback.rated_group]), most=5, seed=seed)
-    n_folds = int(fold.max()) + 1
-    train = (fold[None] != np.arange(n_folds)[:, None]).astype(np.float32)
-    m = len(feedback.rated)
     losses = []
     for design in (contrasts, with_head(contrasts, feedback)):
-        theta = fit_batch(
-            design,
-            torch.from_numpy(train[:, :n] * feedback.pair_weight),
-            torch.from_numpy(np.broadcast_to(feedback.rated_up, (n_folds, m)).copy()),
-            torch.from_numpy(train[:, n:] * feedback.rated_weight),
-            k=feedback.k,
-            config=config,
-        )
+        theta = _left_out(feedback, design, fold, config=config)
         margin = config.beta * torch.einsum("nsw,nw->n", design.pairs, theta[fold[:n]]) / design.pairs.shape[1]
         losses.append(torch.nn.functional.softplus(-margin).numpy())
     gain = losses[0] - losses[1]

@@ -70,8 +70,8 @@ edge_align.runtime.base
 edge_align.runtime.stream_text
 edge_align.runtime.template
 edge_align.runtime.sampling
-edge_align.runtime.tokens
 edge_align.runtime.fake
+edge_align.runtime.tokens
 edge_align.runtime.llama_native
 edge_align.runtime.llama_checks
 edge_align.runtime.llama_devices

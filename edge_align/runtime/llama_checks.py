@@ -10,16 +10,12 @@ from edge_align.config import RuntimeConfig
 from edge_align.errors import InputError
 from edge_align.records import SteeringVectors
 from edge_align.runtime.llama_native import NativeModel
+from edge_align.runtime.tokens import token_ids
 
 
 def check_tokens(model: NativeModel, tokens: Sequence[int], name: str) -> np.ndarray:
     """Token ids as int32, every one in the vocabulary. Raises InputError."""
-    array = np.asarray(tokens)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InputError(f"the {name} is not a list of token ids")
-    if array.size and not (array.min() >= 0 and array.max() < model.n_vocab):
-        raise InputError(f"the {name} holds a token id outside the vocabulary of {model.n_vocab}")
-    return array.astype(np.int32)
+    return token_ids(tokens, name, n_vocab=model.n_vocab).astype(np.int32)
 
 
 def check_vectors(model: NativeModel, vectors: SteeringVectors | None) -> SteeringVectors | None:

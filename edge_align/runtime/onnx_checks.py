@@ -9,18 +9,14 @@ import numpy as np
 from edge_align.errors import ContextOverflow, InputError
 from edge_align.records import SteeringVectors
 from edge_align.runtime.base import BackendInfo
+from edge_align.runtime.tokens import token_ids
 
 BatchVectors = SteeringVectors | Sequence[SteeringVectors | None] | None
 
 
 def check_tokens(info: BackendInfo, tokens: Sequence[int], name: str) -> np.ndarray:
     """(n,) int64. Raises InputError unless they are ids of the vocabulary."""
-    array = np.asarray(tokens)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InputError(f"the {name} is not a list of token ids")
-    if array.size and not (array.min() >= 0 and array.max() < info.n_vocab):
-        raise InputError(f"the {name} holds a token id outside the vocabulary of {info.n_vocab}")
-    return array.astype(np.int64)
+    return token_ids(tokens, name, n_vocab=info.n_vocab).astype(np.int64)
 
 
 def check_prompt(info: BackendInfo, prompt: Sequence[int]) -> np.ndarray:

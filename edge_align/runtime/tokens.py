@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from edge_align.errors import InputError
+
+
+def token_ids(tokens: Sequence[int], name: str, *, n_vocab: int) -> np.ndarray:
+    """(n,); an empty one may have any dtype. Raises InputError unless all are ids of the vocabulary."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"the {name} is not a list of token ids")
+    if array.size and not (array.min() >= 0 and array.max() < n_vocab):
+        raise InputError(f"the {name} holds a token id outside the vocabulary of {n_vocab}")
+    return array
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -61,9 +61,8 @@ def solve(
     readout = ridge_regression(f, deep_latent, ridge)
     z = f @ readout  # uncorrelated: the fitted values along their own principal axes
     natural = np.sqrt((z**2).mean(0)) + 1e-12
-    factor = natural**-0.5 / np.sqrt(
-        natural.mean()
-    )  # variances end as natural / mean: their own is too steep, 1 too flat
+    # variances end as natural / mean: their own are too steep a prior, equal ones too flat
+    factor = natural**-0.5 / np.sqrt(natural.mean())
     readout, z, deep_latent = readout * factor, z * factor, deep_latent * factor
     decoder = np.zeros((k, n_layer, width), np.float32)
     decoder[:, list(layers)] = np.einsum("nk,nld->kld", z, d) / n
