@@ -38,7 +38,7 @@ from edge_align.features import prompt_features  # noqa: E402
 from edge_align.gguf_tensors import GGUFTensors  # noqa: E402
 from edge_align.home import Home  # noqa: E402
 from edge_align.latent_dpo import LatentFeedback  # noqa: E402
-from edge_align.learning import calibrate, encode_dataset, learn, Learnt  # noqa: E402
+from edge_align.learning import calibrate, encode_dataset, keep_fluent, learn, Learnt  # noqa: E402
 from edge_align.pairs import build, Dataset  # noqa: E402
 from edge_align.profiles import ProfileStore  # noqa: E402
 from edge_align.records import FeedbackRow, PreferencePair, Rating, SteeringVectors, user_prompt  # noqa: E402
@@ -429,6 +429,7 @@ class Profile:
 
     encoder: PreferenceEncoder
     predicted_kl: float
+    nll_ratio: float | None  # as it was checked
     learnt: Learnt
 
 
@@ -438,7 +439,9 @@ def learn_profile(bench: Bench, pairs: Sequence[PreferencePair], *, kl_budget: f
     learnt = learn(bench.pack, feedback, seed=bench.args.seed)
     budget = PersonalizeConfig().kl_budget if kl_budget is None else kl_budget
     encoder, predicted = calibrate(bench.pack, learnt, kl_budget=budget)
-    return Profile(encoder, predicted, learnt)
+    limit = PersonalizeConfig().nll_limit
+    encoder, predicted, nll_ratio = keep_fluent(bench.pack, learnt, encoder, bench.backend, limit=limit)
+    return Profile(encoder, predicted, nll_ratio, learnt)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from edge_align.bases import BaseModel
 from edge_align.config import RuntimeConfig
 from edge_align.errors import InputError
 from edge_align.onnx_files import TOKENIZER
-from edge_align.runtime.base import Backend
+from edge_align.runtime.base import Scoring
 
 ENGINES = ("llamacpp", "onnx")
 
@@ -31,7 +31,7 @@ def check_engine(base: BaseModel, engine: str | None) -> None:
     raise InputError(f"the engine llamacpp runs GGUF files, and {base.path} is an ONNX export; leave out --engine")
 
 
-def open_backend(base: BaseModel, config: RuntimeConfig, *, engine: str | None = None) -> Backend:
+def open_backend(base: BaseModel, config: RuntimeConfig, *, engine: str | None = None) -> Scoring:
     """The base in its engine. Raises InputError, BackendUnavailable, ModelLoadError, CorruptArtefact."""
     check_engine(base, engine)
     if base.engine == "onnx":

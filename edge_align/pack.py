@@ -57,6 +57,12 @@ class LatentPack:
         return str(self.manifest["base_hash"])
 
     @property
+    def base_nll(self) -> float | None:
+        """`fluency.sampled_nll` of the base, measured when the pack was made; None where it was not."""
+        found = self.manifest.get("health", {}).get("base_nll")
+        return float(found) if found else None
+
+    @property
     def n_layer(self) -> int:
         return int(self.decoder.shape[1])
 

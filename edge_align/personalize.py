@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TYPE_CHECKING
 
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import PersonalizeConfig, RuntimeConfig
-from edge_align.engines import check_engine
+from edge_align.engines import check_engine, open_backend
 from edge_align.errors import InputError, NothingUsable
 from edge_align.feedback.read import read_feedback
 from edge_align.home import Home
@@ -30,6 +30,9 @@ NEWEST = 2_000
 
 DROPPED_KEPT = 1_000
 """Dropped rows listed in a report; more are only counted."""
+
+CHECK_CONTEXT = 512
+"""Tokens of context for the short answers on which fluency is checked."""
 
 MIN_ROWS = 8
 """Below this many pairs and ratings the state is "collecting"."""
@@ -74,6 +77,7 @@ class PersonalizeReport:
     outside_support: float | None
     scale: float | None
     predicted_kl: float | None
+    nll_ratio: float | None
     stages_sec: dict[str, float]
     profile_bytes: int
     activated: bool
@@ -162,13 +166,14 @@ def personalize(
                 outside_support=None,
                 scale=None,
                 predicted_kl=None,
+                nll_ratio=None,
                 stages_sec=stages.seconds,
                 profile_bytes=0,
                 activated=False,
                 reason=f"{n_rows} verdicts so far; learning starts at {MIN_ROWS}: {MIN_ROWS - n_rows} more are needed",
             )
 
-        from edge_align.learning import calibrate, encode_dataset, learn
+        from edge_align.learning import calibrate, encode_dataset, keep_fluent, learn
 
         with stages.stage("encode") as tell:
             feedback = encode_dataset(base, pack, dataset, runtime=runtime, tell=tell)
@@ -176,7 +181,13 @@ def personalize(
             learnt = learn(pack, feedback, seed=config.seed)
         with stages.stage("calibrate"):
             encoder, predicted = calibrate(pack, learnt, kl_budget=config.kl_budget)
-            scale = encoder.scale
+        nll_ratio = None
+        if config.nll_limit:
+            short = replace(runtime or RuntimeConfig(), n_ctx=CHECK_CONTEXT)
+            with stages.stage("check") as tell, closing(open_backend(base, short)) as backend:
+                limit = config.nll_limit
+                encoder, predicted, nll_ratio = keep_fluent(pack, learnt, encoder, backend, limit=limit, tell=tell)
+        scale = encoder.scale
         passed = learnt.heldout.passes and scale > 0.0
         worse = None
         if config.no_worse:
@@ -195,6 +206,7 @@ def personalize(
                     "k": pack.k,
                     "kl_budget": config.kl_budget,
                     "predicted_kl": round(predicted, 6),
+                    "nll_ratio": None if nll_ratio is None else round(nll_ratio, 4),
                     "reliability": round(learnt.reliability, 4),
                     "heldout": {key: round(value, 4) for key, value in asdict(learnt.heldout).items()},
                     "pairs": len(dataset.pairs),
@@ -218,6 +230,7 @@ def personalize(
             outside_support=learnt.outside_support,
             scale=scale,
             predicted_kl=predicted,
+            nll_ratio=nll_ratio,
             stages_sec=stages.seconds,
             profile_bytes=store.size_bytes(profile, saved.number),
             activated=activated,

@@ -127,7 +127,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Any:
         build_pack(home=home, model=None, config=config, runtime=runtime, progress=stop_late)
     assert not home.packs_dir.exists()
     kept = {path.name: path.stat().st_mtime_ns for path in home.cache_dir.glob("pack-*/*")}
-    (damaged,) = home.cache_dir.glob("pack-*/answers-00016.npy")
+    (damaged,) = home.cache_dir.glob("pack-*/answers-00016.npz")
     damaged.write_bytes(damaged.read_bytes()[:100])  # what a full disk might leave
     told: list[tuple[str, float]] = []
     report = build_pack(

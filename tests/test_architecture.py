@@ -81,12 +81,14 @@ edge_align.runtime.tokenizer
 edge_align.runtime.onnx_session
 edge_align.runtime.onnx_checks
 edge_align.runtime.onnx
+edge_align.runtime.positions
 edge_align.runtime.activations
 edge_align.runtime.torch_rows
 edge_align.runtime.torch_ref
 edge_align.installed
 edge_align.speed
 edge_align.kl
+edge_align.fluency
 edge_align.exchange
 edge_align.engines
 edge_align.features

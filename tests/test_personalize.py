@@ -18,14 +18,14 @@ from edge_align.store import FeedbackLog
 
 ONE = RuntimeConfig(n_threads=1, n_ctx=512)
 KEYS = {
-    *("profile", "version", "model", "rows", "pairs", "heldout", "scale", "predicted_kl", "stages_sec"),
+    *("profile", "version", "model", "rows", "pairs", "heldout", "scale", "predicted_kl", "nll_ratio", "stages_sec"),
     *("profile_bytes", "activated", "reason"),
 }
 
 
 def learn(home: Home, *paths, progress=None, **options) -> PersonalizeReport:
     sources = [Source(path.name, path) for path in paths]
-    config = PersonalizeConfig(**options)
+    config = PersonalizeConfig(**{"nll_limit": 0.0} | options)  # the answers of the check take seconds
     return personalize(home=home, sources=sources, config=config, runtime=ONE, progress=progress)
 
 
@@ -66,6 +66,17 @@ def test_the_report_says_what_was_done(learnt):
     assert report.scale > 0 and 0 < report.predicted_kl <= 0.5 * 1.001  # the budget is a ceiling
     assert [stage for stage, done in told if done == 0.0] == list(report.stages_sec)
     assert [stage for stage, done in told if done == 1.0][-1] == "save"
+
+
+def test_answers_are_tried_and_a_profile_that_costs_fluency_is_made_weaker(home, learnt):
+    kept, lowered = learn(home, nll_limit=100.0), learn(home, nll_limit=1.0)
+    assert list(kept.stages_sec) == ["read", "encode", "fit", "calibrate", "check", "save"]
+    assert (kept.scale, kept.predicted_kl) == (learnt[1].scale, pytest.approx(learnt[1].predicted_kl))
+    assert learnt[1].nll_ratio is None and kept.nll_ratio > 1.0
+    assert lowered.nll_ratio < kept.nll_ratio and lowered.scale < kept.scale
+    assert lowered.predicted_kl < kept.predicted_kl
+    manifest = ProfileStore(home).load("default", lowered.version)[1]
+    assert manifest["nll_ratio"] == pytest.approx(lowered.nll_ratio, abs=1e-4)
 
 
 def test_the_same_file_again_adds_no_row_and_gives_the_same_profile(home, clear):
@@ -200,7 +211,7 @@ def test_the_manifest_of_a_profile_says_what_it_fits(home):
 
 
 def test_settings_out_of_range_are_refused():
-    for wrong in ({"kl_budget": 0.0}, {"kl_budget": float("nan")}, {"seed": -1}):
+    for wrong in ({"kl_budget": 0.0}, {"kl_budget": float("nan")}, {"nll_limit": 0.9}, {"seed": -1}):
         with pytest.raises(InputError):
             PersonalizeConfig(**wrong)
     assert 0.0 < dataclasses.asdict(PersonalizeConfig())["kl_budget"] < 1.0

@@ -9,6 +9,7 @@ from edge_align.bases import find_base
 from edge_align.config import SamplingConfig
 from edge_align.errors import BackendUnavailable, ModelLoadError
 from edge_align.records import SteeringVectors, user_prompt
+from edge_align.runtime.positions import PositionSums
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align.runtime.torch_rows import draw
 
@@ -76,12 +77,19 @@ class TestATinyModel:
         drawn = SamplingConfig(max_tokens=6, seed=3)
         first = model.sample(prompts, sampling=drawn, eos=[])[0]
         end = next(token for token in first if token != first[0])
-        answers, means = model.sample_and_read(prompts, layers=[1, 0], sampling=drawn, eos=[end])
+        read, again = PositionSums(6, 2, model.shape.d_model), PositionSums(6, 2, model.shape.d_model)
+        answers, means = model.sample_and_read(prompts, layers=[1, 0], sampling=drawn, eos=[end], positions=read)
         kept = [answer[:-1] for answer in answers]  # an end token, or the last one before the cap: not passed through
         assert 0 < len(kept[0]) == first.index(end) < 5 == max(map(len, kept)) and all(kept)
         spans = [(len(prompt), len(prompt) + len(answer)) for prompt, answer in zip(prompts, kept, strict=True)]
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, kept, strict=True)]
-        np.testing.assert_allclose(means, model.mean_hidden(rows, spans, [1, 0]), rtol=1e-4, atol=1e-5)
+        second = model.mean_hidden(rows, spans, [1, 0], positions=again)
+        np.testing.assert_allclose(means, second, rtol=1e-4, atol=1e-5)
+        assert again.counts.tolist() == [sum(len(answer) > i for answer in kept) for i in range(6)]
+        np.testing.assert_array_equal(read.counts, again.counts)
+        np.testing.assert_allclose(read.sums, again.sums, rtol=1e-4, atol=1e-5)
+        lengths = np.array([len(answer) for answer in kept])
+        np.testing.assert_allclose(again.sums.sum(0), (second * lengths[:, None, None]).sum(0), rtol=1e-4, atol=1e-4)
 
     def test_of_an_unknown_architecture_is_refused(self, tiny, monkeypatch):
         monkeypatch.setattr("edge_align.runtime.torch_ref.SUPPORTED", ("mamba",))

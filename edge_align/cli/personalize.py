@@ -39,6 +39,14 @@ from edge_align.config import default, PersonalizeConfig, RuntimeConfig
     default=default(PersonalizeConfig, "kl_budget"),
     help="Most divergence from the base in nats per token; little or noisy feedback gets less.",
 )
+@click.option(
+    "--nll-limit",
+    type=float,
+    metavar="X",
+    default=default(PersonalizeConfig, "nll_limit"),
+    help="Most NLL of personal answers under the base, as a multiple of the base's own; strength is lowered to keep "
+    "it. 0: they are not tried.",
+)
 @click.option("--seed", type=int, default=default(PersonalizeConfig, "seed"), help="Seed of the training.")
 @click.option("--no-activate", is_flag=True, show_default=False, help="Keep the new version, but do not switch to it.")
 @click.option("--force", is_flag=True, show_default=False, help="Switch to it even when it cannot be told from chance.")
@@ -53,6 +61,7 @@ def command(
     engine: str | None,
     user: str | None,
     kl_budget: float,
+    nll_limit: float,
     seed: int,
     no_activate: bool,
     force: bool,
@@ -66,8 +75,9 @@ def command(
     from edge_align.cli.report import show_report
     from edge_align.personalize import personalize, PersonalizeConfig, Source
 
-    budget = default(PersonalizeConfig, "kl_budget") if kl_budget is None else kl_budget
-    config = PersonalizeConfig(kl_budget=budget, seed=seed, activate=not no_activate, force=force)
+    config = PersonalizeConfig(
+        kl_budget=kl_budget, nll_limit=nll_limit, seed=seed, activate=not no_activate, force=force
+    )
     sources = [Source("stdin", stdin_bytes()) if name == "-" else Source(name, Path(name)) for name in files]
     with stages() as progress:
         report = personalize(

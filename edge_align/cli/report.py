@@ -26,7 +26,10 @@ def show_report(report: Report) -> None:
     facts.append(("Accuracy", accuracy_in_words(report["heldout"])))
     if report["scale"] is not None:
         kl = report["predicted_kl"]
-        facts.append(("Strength", f"scale {report['scale']:.3g}, predicted KL {kl or 0.0:.3g} nats per token"))
+        text = f"scale {report['scale']:.3g}, predicted KL {kl or 0.0:.3g} nats per token"
+        if report["nll_ratio"] is not None:
+            text += f"; its answers have {report['nll_ratio']:.2f} x the base's NLL"
+        facts.append(("Strength", text))
     facts.append(("Time", time_in_words(report["stages_sec"])))
     facts.append(("Profile", profile_in_words(report)))
     facts.append(("Next", next_command(report)))

@@ -19,6 +19,7 @@ from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, ContextOverflow, InputError, SessionClosed
 from edge_align.runtime.llama_checks import check_tokens, context_length
 from edge_align.runtime.llama_native import api, NativeContext, NativeModel
+from edge_align.runtime.positions import PositionSums
 
 N_BATCH = 512  # tokens of several sequences decoded together
 N_BATCH_LAST = 64  # the last block computes only positions whose logits are wanted, and those need room
@@ -77,9 +78,16 @@ class ActivationReader:
         return self._long(tokens, layers)
 
     def mean_hidden(
-        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        layers: Sequence[int],
+        *,
+        positions: PositionSums | None = None,
     ) -> np.ndarray:
         """(n, len(layers), d_model) float32: the mean over tokens [start, end) of each sequence's hidden states.
+
+        positions: where the states are also added up by their distance from `start`.
 
         Raises InputError (a span that is empty or outside its sequence, an unknown layer or token), ContextOverflow,
         BackendError, SessionClosed.
@@ -99,7 +107,11 @@ class ActivationReader:
             else:
                 states = self._together([checked[i] for i in group], layers)
             for i, state in zip(group, states, strict=True):
-                out[i] = state[:, spans[i][0] :].mean(axis=1, dtype=np.float64)
+                span = state[:, spans[i][0] :]
+                out[i] = span.mean(axis=1, dtype=np.float64)
+                if positions is not None:
+                    for at in range(len(layers)):
+                        positions.add(at, 0, span[at])
         return out
 
     # -- decoding --------------------------------------------------------------------------------------------------

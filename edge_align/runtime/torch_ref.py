@@ -19,6 +19,7 @@ from edge_align.config import SamplingConfig
 from edge_align.errors import BackendUnavailable, ModelLoadError
 from edge_align.gguf_header import GGUFHeader
 from edge_align.gguf_tensors import GGUFTensors
+from edge_align.runtime.positions import PositionSums
 from edge_align.runtime.torch_rows import attend_one, batches, draw, KVCache
 
 SUPPORTED = ("llama",)
@@ -244,8 +245,12 @@ class LlamaReference:
         layers: Sequence[int],
         *,
         tokens_per_batch: int = 8192,
+        positions: PositionSums | None = None,
     ) -> np.ndarray:
-        """(n, len(layers), d_model) float32: mean output of each block over the span [first, last) of each row."""
+        """(n, len(layers), d_model) float32: mean output of each block over the span [first, last) of each row.
+
+        positions: where the states are also added up by their distance from `first`.
+        """
         out = np.empty((len(sequences), len(layers), self.shape.d_model), np.float32)
         lengths = [len(sequence) for sequence in sequences]
         for rows in batches(sorted(range(len(lengths)), key=lengths.__getitem__), lengths, tokens_per_batch):
@@ -261,6 +266,9 @@ class LlamaReference:
                 x = self.block(il, x, rotary, None)
                 for at in (at for at, layer in enumerate(layers) if layer == il):
                     out[rows, at] = torch.einsum("bt,btd->bd", share, x.float()).numpy()
+                    if positions is not None:
+                        for j, i in enumerate(rows):
+                            positions.add(at, 0, x[j, slice(*spans[i])].float().numpy())
         return out
 
     def sample(
@@ -292,9 +300,10 @@ class LlamaReference:
         vectors: np.ndarray | None = None,
         batch: int = 64,
         on_done: Callable[[int], None] | None = None,
+        positions: PositionSums | None = None,
     ) -> tuple[list[list[int]], np.ndarray]:
         """As `sample`, and what `mean_hidden` would read of every answer, at no further pass: (n, len(layers), d_model)
-        float32. Of an answer that `max_tokens` cuts, the last token was never passed through and does not count.
+        float32, and by position. An answer that `max_tokens` cuts counts without its last token, never passed through.
         """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
@@ -307,7 +316,8 @@ class LlamaReference:
             if vectors is not None:
                 chosen = vectors[rows] if vectors.ndim == 3 else vectors[None]
                 steering = torch.from_numpy(np.ascontiguousarray(chosen))
-            made, read = self._sample_batch([prompts[i] for i in rows], sampling, set(eos), steering, layers, rng)
+            each = [prompts[i] for i in rows]
+            made, read = self._sample_batch(each, sampling, set(eos), steering, layers, rng, positions)
             means[rows] = read.numpy()
             for i, answer in zip(rows, made, strict=True):
                 answers[i] = answer
@@ -343,6 +353,7 @@ class LlamaReference:
         steering: torch.Tensor | None,
         layers: Sequence[int],
         rng: torch.Generator,
+        positions: PositionSums | None,
     ) -> tuple[list[list[int]], torch.Tensor]:
         cache = self._prefill(prompts, sampling.max_tokens)
         answers: list[list[int]] = [[] for _ in prompts]
@@ -365,7 +376,10 @@ class LlamaReference:
                     rows = steering if steering.shape[0] == 1 else steering[alive]
                     x = x + rows[:, il, None, :].to(x.dtype)
                 for at in (at for at, layer in enumerate(layers) if layer == il):
-                    sums[alive[reading], at] += x[reading, 0].float()
+                    here = x[reading, 0].float()
+                    sums[alive[reading], at] += here
+                    if positions is not None and step:
+                        positions.add(at, step - 1, here.sum(0, keepdim=True).numpy(), len(here))
             cache.lengths = cache.lengths + 1
             current = draw(self.head(x[:, 0]).float(), sampling, rng)
             for i, token in zip(alive.tolist(), current.tolist(), strict=True):

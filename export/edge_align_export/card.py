@@ -25,6 +25,7 @@ temperature 1, top-k 100, top-p 0.95, seed {manifest["config"]["seed"]}.
 | held-out R2 of the deep latents, read from the first two blocks | {health["r2"]} |
 | predicted against measured KL, median factor | {health["kl_factor_median"]} |
 | the same, worst of {manifest["config"]["curve_points"]} directions and radii | {health["kl_factor_worst"]} |
+| NLL of the base's own short answers, nats per token | {health["base_nll"]} |
 | closed loop: share of an injected latent that comes back in the answers | {health["loop_gain"]} |
 | closed loop: cosine between what was injected and what came back | {health["loop_cosine"]} |
 

@@ -19,18 +19,20 @@ from edge_align.config import bounded, RuntimeConfig, SamplingConfig
 from edge_align.errors import CorruptArtefact, InputError
 from edge_align.features import open_encoder, prompt_features
 from edge_align.files import make_private_dir
+from edge_align.fluency import sampled_nll
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
 from edge_align.kl import measured_kl, open_probe, Probe
 from edge_align.pack import fit_kl_curve, kl_of_quadratic, LatentPack, load_pack, save_pack
 from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
+from edge_align.runtime.positions import centred, PositionSums
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import MORE_USERS
 from edge_align_export.card import card
 from edge_align_export.linear import LinearPack, solve
 from edge_align_export.metric import fisher_metric
 from edge_align_export.passes import open_passes, Passes
-from edge_align_export.texts import Answers, committed_answers, keep_array, kept_array, sample_answers
+from edge_align_export.texts import Answers, committed_answers, keep_arrays, kept_arrays, sample_answers
 
 Progress = Callable[[str, float], None]
 
@@ -126,6 +128,7 @@ def build_pack(
         rng = np.random.default_rng(config.seed)
         pack = _measure(base, backend, answers, linear, config, rng, work, stage)
         health = {"r2": round(linear.r2, 4), **pack.health}
+        health["base_nll"] = round(sampled_nll(backend, None), 4)
         health |= _closed_loop(base, passes, answers, pack.pack, config, rng, tell=stage("closed loop"))
 
     manifest = {
@@ -192,22 +195,31 @@ def _read_activations(
     """What `sample_answers` reads while it samples, of texts that are there already."""
     parts = []
     size = 64
+    room = max(map(len, answers.completions))
+    total = PositionSums(room, len(layers), base.d_model)
     for start in range(0, len(answers), size):
-        path = work / f"deep-{start:06d}.npy"
+        path = work / f"deep-{start:06d}.npz"
         chunk = slice(start, start + size)
         n = len(answers.completions[chunk])
-        part = kept_array(path, (n, len(layers), base.d_model))
-        if part is None:
+        shape = (room, len(layers), base.d_model)
+        states = kept_arrays(path, means=(n, *shape[1:]), sums=shape, counts=shape[:1])
+        if states is None:
             pairs = list(zip(answers.prompts[chunk], answers.completions[chunk], strict=True))
-            part = passes.mean_hidden(
+            here = PositionSums(*shape)
+            means = passes.mean_hidden(
                 [[*prompt, *answer] for prompt, answer in pairs],
                 [(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs],
                 list(layers),
-            ).astype(np.float16)
-            keep_array(path, part)
-        parts.append(part.astype(np.float32))
+                positions=here,
+            )
+            states = {"means": means, "sums": here.sums, "counts": here.counts}
+            keep_arrays(path, **states)
+        parts.append(states["means"])
+        total.sums += states["sums"]
+        total.counts += states["counts"]
         tell((start + n) / len(answers))
-    return np.concatenate(parts)
+    lengths = np.array([len(tokens) for tokens in answers.completions])
+    return centred(np.concatenate(parts), lengths, total.sums, total.counts)
 
 
 def _solve(
@@ -285,11 +297,13 @@ def _measure(
         hash="",
     )
     tell = stage("metric")
-    path = work / f"metric-{hashlib.sha256(linear.decoder.tobytes()).hexdigest()[:12]}.npy"
-    metric = kept_array(path, (k, k))
-    if metric is None:
+    path = work / f"metric-{hashlib.sha256(linear.decoder.tobytes()).hexdigest()[:12]}.npz"
+    kept = kept_arrays(path, metric=(k, k))
+    if kept is None:
         metric = fisher_metric(backend, probe(0), pack.decode, k=k, step=config.metric_step, tell=tell)
-        keep_array(path, metric)
+        keep_arrays(path, metric=metric)
+    else:
+        metric = kept["metric"]
     tell(1.0)
     tell = stage("KL curve")
     other = probe(3)

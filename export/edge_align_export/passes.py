@@ -14,6 +14,7 @@ from edge_align.errors import BackendUnavailable
 from edge_align.records import SteeringVectors
 from edge_align.runtime.activations import ActivationReader
 from edge_align.runtime.llamacpp import LlamaCppBackend
+from edge_align.runtime.positions import PositionSums
 
 BATCH = 128  # rows sampled together in PyTorch
 
@@ -33,15 +34,28 @@ class Passes(Protocol):
         ...
 
     def sample_and_read(
-        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, layers: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: SamplingConfig,
+        layers: Sequence[int],
+        positions: PositionSums | None = None,
     ) -> tuple[list[list[int]], np.ndarray]:
         """Unsteered answers as `sample` draws them, and (n, len(layers), d_model) as `mean_hidden` reads them."""
         ...
 
     def mean_hidden(
-        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        layers: Sequence[int],
+        *,
+        positions: PositionSums | None = None,
     ) -> np.ndarray:
-        """(n, len(layers), d_model) float32: mean output of each block over the span [first, last) of each row."""
+        """(n, len(layers), d_model) float32: mean output of each block over the span [first, last) of each row.
+
+        positions: where the same states are also added up by their place in the span.
+        """
         ...
 
     def close(self) -> None: ...
@@ -79,19 +93,29 @@ class TorchPasses:
         return [[token for token in tokens if token != self._eos] for tokens in made]
 
     def sample_and_read(
-        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, layers: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: SamplingConfig,
+        layers: Sequence[int],
+        positions: PositionSums | None = None,
     ) -> tuple[list[list[int]], np.ndarray]:
         """As `Passes.sample_and_read`: the activations come from the pass that samples."""
         made, means = self._model.sample_and_read(
-            prompts, layers=layers, sampling=sampling, eos=[self._eos], batch=BATCH
+            prompts, layers=layers, sampling=sampling, eos=[self._eos], batch=BATCH, positions=positions
         )
         return [[token for token in tokens if token != self._eos] for tokens in made], means
 
     def mean_hidden(
-        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        layers: Sequence[int],
+        *,
+        positions: PositionSums | None = None,
     ) -> np.ndarray:
         """As `Passes.mean_hidden`."""
-        return self._model.mean_hidden(sequences, spans, layers)
+        return self._model.mean_hidden(sequences, spans, layers, positions=positions)
 
     def close(self) -> None: ...
 
@@ -118,21 +142,31 @@ class NativePasses:
         return made
 
     def sample_and_read(
-        self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, layers: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: SamplingConfig,
+        layers: Sequence[int],
+        positions: PositionSums | None = None,
     ) -> tuple[list[list[int]], np.ndarray]:
         """As `Passes.sample_and_read`, in two passes."""
         made = self.sample(prompts, sampling=sampling)
         texts = [[*prompt, *(answer or [0])] for prompt, answer in zip(prompts, made, strict=True)]
         spans = [(len(prompt), len(text)) for prompt, text in zip(prompts, texts, strict=True)]
-        return made, self.mean_hidden(texts, spans, layers)
+        return made, self.mean_hidden(texts, spans, layers, positions=positions)
 
     def mean_hidden(
-        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], layers: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        layers: Sequence[int],
+        *,
+        positions: PositionSums | None = None,
     ) -> np.ndarray:
         """As `Passes.mean_hidden`."""
         if self._reader is None:
             self._reader = ActivationReader.open(self._base.path, config=self._runtime)
-        return self._reader.mean_hidden(sequences, spans, layers)
+        return self._reader.mean_hidden(sequences, spans, layers, positions=positions)
 
     def close(self) -> None:
         if self._reader is not None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from edge_align.config import SamplingConfig
 from edge_align.files import write_atomic
 from edge_align.records import user_prompt
 from edge_align.runtime.llamacpp import LlamaCppBackend
+from edge_align.runtime.positions import centred, PositionSums
 from edge_align.simulation.foreign import foreign_pairs
 from edge_align_export.passes import Passes
 
@@ -46,17 +48,21 @@ def sample_answers(
 ) -> tuple[Answers, np.ndarray]:
     """Sample from the base; chunks already in `work` are taken from there, so a stopped run goes on.
 
-    Also (n, len(layers), d_model) float32: the mean hidden states over each answer, with its prompt in front.
+    Also (n, len(layers), d_model) float32: the mean hidden states over each answer, with its prompt in front, centred
+    by position.
     """
     rows: list[tuple[list[int], list[int], int]] = []
     read: list[np.ndarray] = []
+    shape = (sampling.max_tokens, len(layers), d_model)
+    total = PositionSums(*shape)
     for start in range(0, len(questions), CHUNK):
         chunk = questions[start : start + CHUNK]
         rendered = [backend.render(user_prompt(question)) for question in chunk]
         path = work / f"answers-{start:05d}.json"
         n = len(chunk) * per_prompt
-        kept, deep = _read(path, n=n), kept_array(path.with_suffix(".npy"), (n, len(layers), d_model))
-        if kept is None or deep is None:
+        kept = _read(path, n=n)
+        states = kept_arrays(path.with_suffix(".npz"), means=(n, *shape[1:]), sums=shape, counts=shape[:1])
+        if kept is None or states is None:
             seeded = SamplingConfig(
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
@@ -65,14 +71,17 @@ def sample_answers(
                 seed=sampling.seed + start * per_prompt,
             )
             repeated = [prompt for prompt in rendered for _ in range(per_prompt)]
-            kept, means = passes.sample_and_read(repeated, sampling=seeded, layers=layers)
-            deep = means.astype(np.float16)
-            keep_array(path.with_suffix(".npy"), deep)
+            here = PositionSums(*shape)
+            kept, means = passes.sample_and_read(repeated, sampling=seeded, layers=layers, positions=here)
+            states = {"means": means, "sums": here.sums, "counts": here.counts}
+            keep_arrays(path.with_suffix(".npz"), **states)
             write_atomic(path, json.dumps(kept).encode())
+        total.sums += states["sums"]
+        total.counts += states["counts"]
         for i, tokens in enumerate(kept):
             if len(tokens) > 2:
                 rows.append((rendered[i // per_prompt], tokens, start + i // per_prompt))
-                read.append(deep[i].astype(np.float32))
+                read.append(states["means"][i])
         tell((start + len(chunk)) / len(questions))
     answers = Answers(
         questions=list(questions),
@@ -80,7 +89,8 @@ def sample_answers(
         completions=[row[1] for row in rows],
         groups=np.array([row[2] for row in rows]),
     )
-    return answers, np.stack(read)
+    lengths = np.array([len(tokens) for tokens in answers.completions])
+    return answers, centred(np.stack(read), lengths, total.sums, total.counts)
 
 
 def committed_answers(backend: LlamaCppBackend, *, prompts: int, max_tokens: int) -> Answers:
@@ -114,17 +124,19 @@ def _read(path: Path, *, n: int) -> list[list[int]] | None:
     return kept if whole else None
 
 
-def kept_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """An array kept by `keep_array`, or None when there is none of that shape."""
+def kept_arrays(path: Path, **shapes: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    """Arrays kept by `keep_arrays`, or None when there are none of those names and shapes."""
     try:
-        part = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            found = {name: file[name] for name in shapes}
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
         return None
-    return part if part.shape == shape else None
+    return found if all(found[name].shape == shape for name, shape in shapes.items()) else None
 
 
-def keep_array(path: Path, array: np.ndarray) -> None:
-    """Keep an array where a later run finds it; the file appears whole or not at all."""
+def keep_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Keep arrays where a later run finds them, floats as float32; the file appears whole or not at all."""
     with path.with_suffix(".tmp").open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+        small = {name: x.astype(np.float32) if x.dtype.kind == "f" else x for name, x in arrays.items()}
+        np.savez(file, allow_pickle=False, **small)
     path.with_suffix(".tmp").replace(path)

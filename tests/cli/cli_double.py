@@ -109,6 +109,7 @@ REPORT = {
     "outside_support": 0.02,
     "scale": 2.312,
     "predicted_kl": 0.25,
+    "nll_ratio": 1.12,
     "stages_sec": {"read": 0.1, "encode": 1.5, "fit": 0.25},
     "profile_bytes": 1234,
     "activated": True,

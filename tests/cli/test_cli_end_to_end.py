@@ -49,7 +49,7 @@ def test_from_a_feedback_file_to_personal_answers_and_back(home, base_path, feed
     assert (report["rows"]["read"], report["rows"]["used"], report["rows"]["dropped"][0]["line"]) == (25, 24, 25)
     assert report["pairs"] == {"preference": 24}
     assert report["heldout"]["accuracy"] > 0.9 and report["heldout"]["p"] <= 0.02
-    assert [*report["stages_sec"]] == ["read", "encode", "fit", "calibrate", "save"]
+    assert [*report["stages_sec"]] == ["read", "encode", "fit", "calibrate", "check", "save"]
 
     question = ("generate", "How do boats float?", "--max-tokens", "16", "--threads", "1")
     both = edge_align(*question, "--compare")

@@ -57,9 +57,9 @@ def test_a_stopped_run_goes_on_from_what_it_kept(built):
     home, report, _, kept = built
     now = {path.name: path.stat().st_mtime_ns for path in home.cache_dir.glob("pack-*/answers-*")}
     assert (
-        set(now) == set(kept) == {f"answers-{start}.{kind}" for start in ("00000", "00016") for kind in ("json", "npy")}
+        set(now) == set(kept) == {f"answers-{start}.{kind}" for start in ("00000", "00016") for kind in ("json", "npz")}
     )
-    assert [name for name in sorted(now) if now[name] != kept[name]] == ["answers-00016.json", "answers-00016.npy"]
+    assert [name for name in sorted(now) if now[name] != kept[name]] == ["answers-00016.json", "answers-00016.npz"]
     assert report["answers"] == 40
 
 

@@ -7,6 +7,7 @@ from edge_align.bases import BaseModel
 from edge_align.config import RuntimeConfig
 from edge_align.errors import ContextOverflow, InputError, SessionClosed
 from edge_align.runtime.activations import ActivationReader
+from edge_align.runtime.positions import PositionSums
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,11 @@ def test_means_are_means_of_the_hidden_states_of_each_sequence_alone(
     reader: ActivationReader, sequences: list[list[int]]
 ) -> None:
     """Together and alone round differently (int8 activations), so up to a small share of the norm."""
-    together = reader.mean_hidden(sequences, SPANS, [0, 1, 4])
+    found = PositionSums(30, 3, reader.d_model)
+    together = reader.mean_hidden(sequences, SPANS, [0, 1, 4], positions=found)
+    assert found.counts.tolist() == [3] + [2] * 7 + [1] * 22
+    lengths = np.array([end - start for start, end in SPANS])
+    np.testing.assert_allclose(found.sums.sum(0), (together * lengths[:, None, None]).sum(0), rtol=1e-3, atol=1e-2)
     for sequence, (start, end), row in zip(sequences, SPANS, together, strict=True):
         alone = reader.hidden(sequence, [0, 1, 4])
         assert alone.shape == (3, len(sequence), reader.d_model)
