@@ -41,7 +41,7 @@ from edge_align.latent_dpo import LatentFeedback  # noqa: E402
 from edge_align.learning import calibrate, encode_dataset, keep_fluent, learn, Learnt  # noqa: E402
 from edge_align.pairs import build, Dataset  # noqa: E402
 from edge_align.profiles import ProfileStore  # noqa: E402
-from edge_align.records import FeedbackRow, PreferencePair, Rating, SteeringVectors, user_prompt  # noqa: E402
+from edge_align.records import FeedbackRow, PreferencePair, Prompt, Rating, SteeringVectors, user_prompt  # noqa: E402
 from edge_align.registry import find_pack  # noqa: E402
 from edge_align.runtime.llamacpp import LlamaCppBackend  # noqa: E402
 from edge_align.simulation.prompts import prompts  # noqa: E402
@@ -307,12 +307,19 @@ def sample(
     seed: int,
     encoder: PreferenceEncoder | None = None,
     strength: float = 1.0,
+    vectors: list[SteeringVectors | None] | None = None,
+    ask: Callable[[str], Prompt] = user_prompt,
     label: str = "sampling",
 ) -> list[Answer]:
-    """One answer per question from llama.cpp, base or steered; kept, and resumed chunk by chunk. Row i: seed + i."""
-    vectors = steering(bench, encoder, questions, strength)
+    """One answer per question from llama.cpp, base or steered; kept, and resumed chunk by chunk. Row i: seed + i.
+
+    vectors: instead of those of `encoder`. ask: the conversation a question comes in.
+    """
+    vectors = steering(bench, encoder, questions, strength) if vectors is None else vectors
     whole = digest(*[b"" if v is None else v.array for v in {id(v): v for v in vectors}.values()])
-    kept = bench.keep("answers", list(questions), max_tokens, seed, whole)
+    asked = [ask(question) for question in questions]
+    words = list(questions) if ask is user_prompt else [[turn.content for turn in prompt] for prompt in asked]
+    kept = bench.keep("answers", words, max_tokens, seed, whole)
     with progress(label, len(questions)) as tell:
         while len(kept.rows) < len(questions):
             start = len(kept.rows)
@@ -321,7 +328,7 @@ def sample(
             while stop < min(start + CHUNK, len(questions)) and vectors[stop] is vectors[start]:
                 stop += 1
             made = bench.backend.generate_batch(
-                [bench.backend.render(user_prompt(question)) for question in questions[start:stop]],
+                [bench.backend.render(prompt) for prompt in asked[start:stop]],
                 vectors=vectors[start],
                 sampling=SamplingConfig(max_tokens=max_tokens, seed=seed + start),
             )

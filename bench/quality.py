@@ -71,23 +71,12 @@ def judge_profile(bench: Bench, who: User, profile: Profile, unseen: list[str], 
     seed = args.seed + SEED
     base = sample(bench, unseen, max_tokens=cap, seed=seed, label="base answers")
     ours = sample(bench, unseen, max_tokens=cap, seed=seed, encoder=profile.encoder, label=who.name)
-    texts, base_texts = [answer.text for answer in ours], [answer.text for answer in base]
-    won = wins(who.judge, texts, base_texts)
-    low, high = bootstrap_interval(won, rng=np.random.default_rng(0))
-    nll, nll_base = nll_under_base(bench, unseen, ours), nll_under_base(bench, unseen, base)
     heldout = profile.learnt.heldout
     return {
         "user": who.name,
         "max_tokens": cap,
-        "win_rate": won.mean(),
-        "win_ci": [low, high],
-        "second_win_rate": None if second is None else wins(second, texts, base_texts).mean(),
-        "nll": nll,
-        "nll_ratio": nll / nll_base,
+        **judged(bench, who, unseen, ours, base, second),
         "checked_nll_ratio": profile.nll_ratio,
-        "distinct2_ratio": distinct2_ratio(texts, base_texts),
-        "mean_tokens": mean_length(ours),
-        "mean_tokens_base": mean_length(base),
         "cv_accuracy": heldout.accuracy,
         "p": heldout.p,
         "passes": heldout.passes,
@@ -95,6 +84,26 @@ def judge_profile(bench: Bench, who: User, profile: Profile, unseen: list[str], 
         "outside_support": profile.learnt.outside_support,
         "depends_on_prompt": profile.encoder.depends_on_prompt,
         "scale": profile.encoder.scale,
+    }
+
+
+def judged(
+    bench: Bench, who: User, unseen: list[str], ours: list[Answer], base: list[Answer], second: Judge | None
+) -> dict[str, Any]:
+    """What is said of any answers beside the base's: who wins, how likely they are under the base, how they vary."""
+    texts, base_texts = [answer.text for answer in ours], [answer.text for answer in base]
+    won = wins(who.judge, texts, base_texts)
+    low, high = bootstrap_interval(won, rng=np.random.default_rng(0))
+    nll, nll_base = nll_under_base(bench, unseen, ours), nll_under_base(bench, unseen, base)
+    return {
+        "win_rate": won.mean(),
+        "win_ci": [low, high],
+        "second_win_rate": None if second is None else wins(second, texts, base_texts).mean(),
+        "nll": nll,
+        "nll_ratio": nll / nll_base,
+        "distinct2_ratio": distinct2_ratio(texts, base_texts),
+        "mean_tokens": mean_length(ours),
+        "mean_tokens_base": mean_length(base),
     }
 
 

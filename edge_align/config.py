@@ -89,7 +89,7 @@ class PersonalizeConfig:
     """
 
     kl_budget: float = 0.4
-    nll_limit: float = 1.3
+    nll_limit: float = 1.4
     seed: int = 0
     activate: bool = True
     force: bool = False
