@@ -53,13 +53,13 @@ class Arm:
     ask: Callable[[str], Prompt]
     vectors: SteeringVectors | None
     seconds: float
-    prompt_tokens: int  # more than the bare question has
+    prompt_tokens: int  # more than the bare question has; fewer where the template has a system prompt of its own
 
 
 def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
-        args.prompts, args.max_tokens = 2, 8
+        args.prompts, args.max_tokens, args.pairs = 2, 8, 8
     questions, answers = train_answers(bench)
     unseen = list(prompts("test")[: args.prompts])
     try:
@@ -140,6 +140,8 @@ def mean_difference(bench: Bench, pairs: Sequence[PreferencePair], *, like: Stee
     means = bench.passes.mean_hidden(rows, spans, list(blocks))
     array = np.zeros((bench.base.n_layer, bench.base.d_model), np.float32)
     array[blocks.start : blocks.stop] = (means[0::2] - means[1::2]).mean(0)
+    if like.is_zero:
+        return like
     probe = sampled_probe(bench.backend, seed=SEED)
     vectors = SteeringVectors(array)
     return vectors.scaled(factor_for_kl(bench.backend, probe, vectors, measured_kl(bench.backend, probe, like))[0])

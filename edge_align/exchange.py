@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from edge_align.bases import find_base
 from edge_align.config import bounded, check_strength, default, PersonalizeConfig, RuntimeConfig
 from edge_align.control_vector import read_control_vector, write_control_vector
 from edge_align.encoder import PreferenceEncoder, profile_vectors
+from edge_align.engines import open_backend
 from edge_align.errors import IncompatibleBase, InputError
 from edge_align.files import check_name, sha256_file, shown
 from edge_align.home import Home
@@ -95,7 +97,6 @@ def import_control_vector(
     they scaled down to it. Raises InputError, CorruptArtefact, IncompatibleBase, BackendUnavailable, ModelLoadError.
     """
     from edge_align.kl import factor_for_kl, sampled_probe
-    from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
 
     budget = default(PersonalizeConfig, "kl_budget") if kl_budget is None else kl_budget
     bounded(budget, 0.001, 2.0, "kl-budget")
@@ -116,8 +117,11 @@ def import_control_vector(
         notes.append(f"direction {blocks} would go to a block below 1, which cannot be steered; left out")
     runtime = runtime or RuntimeConfig()
     opened = RuntimeConfig(n_ctx=CONTEXT, n_threads=runtime.n_threads, n_gpu_layers=runtime.n_gpu_layers)
-    with LlamaCppBackend.open(base.path, config=opened) as backend:
-        check_steering(backend)
+    with closing(open_backend(base, opened)) as backend:
+        if base.engine == "llamacpp":  # which ignores vectors on some architectures
+            from edge_align.runtime.llamacpp import check_steering
+
+            check_steering(backend)
         probe = sampled_probe(backend)
         factor, kl = factor_for_kl(backend, probe, found.vectors, budget, ceiling=True)
     if factor != 1.0:

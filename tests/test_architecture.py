@@ -89,8 +89,8 @@ edge_align.installed
 edge_align.speed
 edge_align.kl
 edge_align.fluency
-edge_align.exchange
 edge_align.engines
+edge_align.exchange
 edge_align.features
 edge_align.latent_dpo
 edge_align.gate

@@ -146,6 +146,21 @@ def walk(value: Any) -> Iterator[Any]:
         yield from walk(item)
 
 
+def test_what_people_would_use_instead_is_judged_beside_ours(workplace: tuple[str, ...]) -> None:
+    rows = run("arms.py", *workplace, "--users", "short")["rows"]
+    assert [row["arm"] for row in rows] == [
+        "written preference",
+        "three pairs in the prompt",
+        "mean-difference vector",
+        "edge-align",
+        "edge-align + written preference",
+    ]
+    ours = rows[3]
+    assert ours["ours_over_it"] == 0.5 and ours["prompt_tokens"] == 0  # against itself every question is a tie
+    assert rows[1]["prompt_tokens"] > 20 and rows[1]["prompt_tokens"] > rows[0]["prompt_tokens"]
+    assert all(0 <= row["win_rate"] <= 1 and row["nll"] > 0 for row in rows)
+
+
 def test_the_comparison_with_logistic_regression_ends_with_both_accuracies(workplace: tuple[str, ...]) -> None:
     (row,) = run("latent_dpo_vs_logistic.py", *workplace)["rows"]
     assert row["pairs"] == 10 and 0 <= row["latent_dpo"] <= 1 and 0 <= row["logistic"] <= 1

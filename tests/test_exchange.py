@@ -126,6 +126,26 @@ def test_a_loud_file_is_scaled_down_to_the_budget_and_needs_no_pack(backend, bas
         assert np.abs(assistant.vectors(user_prompt("Why?")).array - array).max() < 1e-6
 
 
+def test_a_control_vector_is_taken_by_an_onnx_export_and_measured_there(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
+    from reference.tiny_checkpoints import make_checkpoint
+
+    from edge_align.runtime.onnx import OnnxBackend
+    from edge_align_export.onnx_export import export_onnx
+
+    export_onnx(make_checkpoint("llama", tmp_path / "tiny"), tmp_path / "export", precision="fp32")
+    base = find_base(str(tmp_path / "export"))
+    array = np.zeros((base.n_layer, base.d_model), np.float32)
+    array[1:] = np.random.default_rng(2).normal(size=array[1:].shape) * 4
+    path = naive.write(tmp_path / "loud.gguf", {str(i): array[i] for i in range(1, base.n_layer)}, model_hint="llama")
+    home = Home(tmp_path / "home")
+    document = import_control_vector(path, "loud", home=home, model=str(base.path), kl_budget=0.05, runtime=ONE)
+    assert document["scale"] < 1.0 and document["predicted_kl"] == pytest.approx(0.05, rel=0.021)
+    with OnnxBackend.open(base.path, config=ONE) as backend:
+        measured = measured_kl(backend, sampled_probe(backend), SteeringVectors(array * document["scale"]))
+    assert measured == pytest.approx(document["predicted_kl"], rel=1e-3)
+
+
 def test_imported_vectors_judge_no_answers(home, tmp_path):
     export_control_vector(tmp_path / "me.gguf", home=home)
     document = import_control_vector(tmp_path / "me.gguf", "raw", home=home, runtime=ONE)
