@@ -447,7 +447,9 @@ def learn_profile(bench: Bench, pairs: Sequence[PreferencePair], *, kl_budget: f
     budget = PersonalizeConfig().kl_budget if kl_budget is None else kl_budget
     encoder, predicted = calibrate(bench.pack, learnt, kl_budget=budget)
     limit = PersonalizeConfig().nll_limit
-    encoder, predicted, nll_ratio = keep_fluent(bench.pack, learnt, encoder, bench.backend, limit=limit)
+    encoder, predicted, nll_ratio = keep_fluent(
+        bench.base, bench.pack, learnt, encoder, limit=limit, runtime=bench.runtime
+    )
     return Profile(encoder, predicted, nll_ratio, learnt)
 
 

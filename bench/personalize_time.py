@@ -49,9 +49,9 @@ def run(bench: Bench) -> dict[str, Any]:
     texts = {text for pair in dataset.pairs for text in (pair.chosen, pair.rejected)}
     lengths = sorted(min(MAX_TOKENS, len(bench.backend.tokenize(text))) for text in texts)
     warm = {name: stages(bench, dataset, lengths, bf16=name == "bf16") for name in ("bf16", "fp32")}
-    table = Table("dtype", "encode", "fit", "calibrate", "sum", "floor", "encode / floor", "sum / floor")
+    table = Table("dtype", "encode", "fit", "calibrate", "sum", "floor", "encode / floor", "sum / floor", "check")
     for name, row in warm.items():
-        keys = ("encode", "fit", "calibrate", "sum", "floor", "encode_over_floor", "sum_over_floor")
+        keys = ("encode", "fit", "calibrate", "sum", "floor", "encode_over_floor", "sum_over_floor", "check")
         table.add_row(name, *(f"{row[key]:.3f}" for key in keys))
     console.print(table)
     found = {"pairs": len(pairs), "answers": len(texts), "tokens": sum(lengths), "mean_tokens": np.mean(lengths)}
@@ -65,7 +65,7 @@ def stages(bench: Bench, dataset: Dataset, lengths: list[int], *, bf16: bool) ->
     learning.open_encoder = lambda path: AnswerEncoder(path, bf16=bf16)
     floor = matmul_floor(bench, lengths, torch.bfloat16 if bf16 else torch.float32)
     budget = PersonalizeConfig().kl_budget
-    seconds: dict[str, list[float]] = {"encode": [], "fit": [], "calibrate": [], "floor": []}
+    seconds: dict[str, list[float]] = {"encode": [], "fit": [], "calibrate": [], "floor": [], "check": []}
     try:
         for i in range(bench.args.runs + 1):  # the first is a warm-up
             parts = {}
@@ -75,6 +75,12 @@ def stages(bench: Bench, dataset: Dataset, lengths: list[int], *, bf16: bool) ->
             parts["fit"], learnt = timed(lambda f=feedback: learning.learn(bench.pack, f, seed=0))
             parts["calibrate"], _ = timed(lambda x=learnt: learning.calibrate(bench.pack, x, kl_budget=budget))
             parts["floor"], _ = timed(floor)
+            encoder, _ = learning.calibrate(bench.pack, learnt, kl_budget=budget)
+            parts["check"], _ = timed(
+                lambda x=learnt, e=encoder: learning.keep_fluent(
+                    bench.base, bench.pack, x, e, limit=PersonalizeConfig().nll_limit, runtime=bench.runtime
+                )
+            )
             for name, value in parts.items():
                 if i:
                     seconds[name].append(value)

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- begin: bench/report.py -->", "<!-- end: bench/report.py -->"
 Result = dict[str, Any]
 
 SIZES = (100, 20)  # pairs
+OURS = "edge-align"  # the arm
 
 
 class Results:
@@ -130,6 +131,42 @@ def quality(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def by_arm(rows: Iterable[Result]) -> dict[str, list[Result]]:
+    """Rows of `arms.py` per arm, in the order they were run."""
+    found: dict[str, list[Result]] = {}
+    for row in rows:
+        found.setdefault(row["arm"], []).append(row)
+    return found
+
+
+def alternatives(results: Results) -> str:
+    result = results.newest("arms")
+    found = by_arm(result["rows"])
+    users = list(dict.fromkeys(row["user"] for row in result["rows"]))
+    body = []
+    for name, rows in found.items():
+        won = {row["user"]: row["win_rate"] for row in rows}
+        body.append(
+            [
+                name,
+                *(percent(won[who]) for who in users),
+                percent(mean(won.values()), 1),
+                "" if name == OURS else percent(mean(row["ours_over_it"] for row in rows), 1),
+                f"{mean(row['nll_ratio'] for row in rows):.2f} x",
+                f"{mean(row['distinct2_ratio'] for row in rows):.2f} x",
+                f"{mean(row['prompt_tokens'] for row in rows):+.0f}",
+                f"{mean(row['seconds'] for row in rows):.1f} s",
+            ]
+        )
+    head = ["", *(who.replace("_", " ") for who in users), "mean", "ours against it", "NLL", "distinct-2"]
+    said = (
+        f"Win rate against the base on {result['prompts']} unseen prompts, from the same {result['pairs']} pairs. The "
+        "written preference is the sentence that defines the user, which nobody tells the other arms. The "
+        "mean-difference vector steers the same blocks at the KL that ours measures."
+    )
+    return f"{said}\n\n{table([*head, 'tokens added to a prompt', 'to learn'], body)}\n\n{source(result)}"
+
+
 def directions(results: Results) -> str:
     result = results.newest("nulls", where=lambda r: "directions" in r)
     found = result["directions"]
@@ -180,10 +217,14 @@ def learning(results: Results) -> str:
             dtype,
             *(f"{found[stage]:.2f} s" for stage in ("encode", "fit", "sum", "floor")),
             f"{found['sum_over_floor']:.2f} x",
+            f"{found['check']:.2f} s",
         ]
         for dtype, found in result["warm_sec"].items()
     ]
-    text = table(["dtype", "encode", "fit", "encode + fit + calibrate", "matrix products alone", "over them"], rows)
+    text = table(
+        ["dtype", "encode", "fit", "encode + fit + calibrate", "matrix products alone", "over them", "fluency check"],
+        rows,
+    )
     said = (
         f"{result['pairs']} pairs, {result['answers']} answers of {result['mean_tokens']:.0f} tokens; the whole "
         f"command from a cold start {result['cold_sec']:.1f} s. A profile takes {result['profile_bytes']['constant']} "
@@ -247,12 +288,57 @@ def latency(results: Results) -> str:
     )
 
 
+def serving(results: Results) -> str:
+    """What `server_load.py` measured, of the parts that have a result."""
+    parts = []
+    for part, rows_of in SERVER_PARTS.items():
+        try:
+            result = results.newest("server_load", where=lambda r, part=part: part in r)
+        except LookupError:
+            continue
+        parts.append(f"{table(['', ''], rows_of(result[part]))}\n\n{source(result)}")
+    return "\n\n".join(parts)
+
+
+def _start(found: Result) -> list[list[str]]:
+    worst = found["first_answer_worst_sec"]
+    return [
+        [
+            f"process start to first answer, {name}, {found['starts']} starts",
+            f"{median:.2f} s, worst {worst[name]:.2f} s",
+        ]
+        for name, median in found["first_answer_sec"].items()
+    ]
+
+
+def _against(found: Result) -> list[list[str]]:
+    rows = []
+    for row in found["rows"]:
+        who = f"{row['clients']} client{'s' if row['clients'] > 1 else ''}"
+        rows.append(
+            [f"tokens per second over llama-cpp-python's server, {who}", ratio(row["tokens_ours_over_theirs"], 2)]
+        )
+        rows.append([f"time to first token over its, {who}", ratio(row["ttft_ours_over_theirs"], 2)])
+    return rows
+
+
+def _prefix(found: Result) -> list[list[str]]:
+    name = (
+        f"first token of a second profile on a system prompt of {found['prompt_tokens']:.0f} tokens, over the first's"
+    )
+    return [[name, ratio(found["second_over_cold"])]]
+
+
+SERVER_PARTS = {"start": _start, "against": _against, "prefix": _prefix}
+
 SECTIONS = (
     ("Do people prefer the personal answers?", quality),
+    ("Beside what people would use instead", alternatives),
     ("What chance does", directions),
     ("The gate", gate),
     ("Time to learn a person", learning),
     ("Latency", latency),
+    ("The server", serving),
 )
 
 
@@ -271,6 +357,8 @@ def readme_table(results: Results) -> str:
     time, lora = (results.newest(name) for name in ("personalize_time", "training_time"))
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
     null = results.newest("nulls", where=lambda r: "directions" in r)["directions"]
+    other = results.newest("arms")
+    others = by_arm(other["rows"])
     dtype = "bf16" if time["machine"]["bf16"] else "fp32"
 
     def won(size: int) -> str:
@@ -287,7 +375,10 @@ def readme_table(results: Results) -> str:
     return table(
         ["", ""],
         [
-            [f"learning from {time['pairs']} pairs: encode, fit, calibrate", f"{time['warm_sec'][dtype]['sum']:.1f} s"],
+            [
+                f"learning from {time['pairs']} pairs: encode, fit, calibrate; then the check of fluency",
+                f"{time['warm_sec'][dtype]['sum']:.1f} s; {time['warm_sec'][dtype]['check']:.1f} s",
+            ],
             [
                 f"LoRA-DPO on {lora['pairs']} pairs (r{lora['lora']['rank']}, {lora['lora']['epochs']} epochs)",
                 f"{lora['lora']['seconds']:.0f} s",
@@ -303,6 +394,15 @@ def readme_table(results: Results) -> str:
                 won(100),
             ],
             ["the same with 20 pairs", won(20)],
+            [
+                f"other ways, {other['pairs']} pairs, the same users: "
+                + ", ".join(name for name in others if not name.startswith(OURS)),
+                ", ".join(
+                    percent(mean(row["win_rate"] for row in rows))
+                    for name, rows in others.items()
+                    if not name.startswith(OURS)
+                ),
+            ],
             ["random directions at the same KL, mean over users", percent(null["pooled_mean"])],
             ["true verdicts that pass the gate, 20 and 100 pairs", f"{passed(20, 'true')}, {passed(100, 'true')}"],
             ["shuffled ones", f"{passed(20, 'shuffled')}, {passed(100, 'shuffled')}"],

@@ -19,6 +19,7 @@ from edge_align.simulation.prompts import prompts
 
 ANSWERS = 16
 TOKENS = 32  # of each; what goes wrong goes wrong early
+CONTEXT = 512  # tokens a prompt and its answer may take
 ROUNDS = 3  # of lowering the factor; each samples anew
 
 Tell = Callable[[float], None]

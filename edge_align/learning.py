@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,15 +11,14 @@ import numpy as np
 from edge_align.bases import BaseModel
 from edge_align.config import RuntimeConfig
 from edge_align.encoder import PreferenceEncoder
-from edge_align.engines import open_tokenizer
+from edge_align.engines import open_backend, open_tokenizer
 from edge_align.features import embedding_table, MAX_TOKENS, open_base_encoder, prompt_features
-from edge_align.fluency import fluent_factor
+from edge_align.fluency import CONTEXT, fluent_factor
 from edge_align.gate import compare_on_new, cross_validate, earns_head, HeldOut, split_half_reliability, wilson
 from edge_align.latent_dpo import draw_contrasts, fit, fit_head, LatentDPOConfig, LatentFeedback
 from edge_align.pack import LatentPack
 from edge_align.pairs import Dataset
 from edge_align.records import Prompt
-from edge_align.runtime.base import Scoring
 
 MAX_LATENTS = 64
 """Prompts over which the KL of a prompt-dependent profile is averaged."""
@@ -138,22 +138,25 @@ def calibrate(pack: LatentPack, learnt: Learnt, *, kl_budget: float) -> tuple[Pr
 
 
 def keep_fluent(
+    base: BaseModel,
     pack: LatentPack,
     learnt: Learnt,
     encoder: PreferenceEncoder,
-    backend: Scoring,
     *,
     limit: float,
+    runtime: RuntimeConfig | None = None,
     tell: Callable[[float], None] | None = None,
 ) -> tuple[PreferenceEncoder, float, float | None]:
     """`encoder`, less strong where its answers would be over `limit` times the base's NLL; predicted KL and the ratio.
 
-    The ratio is None where nothing is steered. A prompt-dependent profile is tried with its mean latent.
+    The ratio is None where nothing is steered. A prompt-dependent profile is tried with its mean latent. Raises
+    BackendError, ModelLoadError.
     """
     vectors = pack.decode(learnt.latents.mean(0) * encoder.scale)
     if vectors.is_zero:
         return encoder, 0.0, None
-    factor, ratio = fluent_factor(backend, vectors, limit=limit, base_nll=pack.base_nll, tell=tell)
+    with closing(open_backend(base, replace(runtime or RuntimeConfig(), n_ctx=CONTEXT))) as backend:
+        factor, ratio = fluent_factor(backend, vectors, limit=limit, base_nll=pack.base_nll, tell=tell)
     encoder = replace(encoder, scale=encoder.scale * factor)
     return encoder, pack.mean_kl(learnt.latents * encoder.scale), ratio
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TYPE_CHECKING
 
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import PersonalizeConfig, RuntimeConfig
-from edge_align.engines import check_engine, open_backend
+from edge_align.engines import check_engine
 from edge_align.errors import InputError, NothingUsable
 from edge_align.feedback.read import read_feedback
 from edge_align.home import Home
@@ -30,9 +30,6 @@ NEWEST = 2_000
 
 DROPPED_KEPT = 1_000
 """Dropped rows listed in a report; more are only counted."""
-
-CHECK_CONTEXT = 512
-"""Tokens of context for the short answers on which fluency is checked."""
 
 MIN_ROWS = 8
 """Below this many pairs and ratings the state is "collecting"."""
@@ -183,10 +180,10 @@ def personalize(
             encoder, predicted = calibrate(pack, learnt, kl_budget=config.kl_budget)
         nll_ratio = None
         if config.nll_limit:
-            short = replace(runtime or RuntimeConfig(), n_ctx=CHECK_CONTEXT)
-            with stages.stage("check") as tell, closing(open_backend(base, short)) as backend:
-                limit = config.nll_limit
-                encoder, predicted, nll_ratio = keep_fluent(pack, learnt, encoder, backend, limit=limit, tell=tell)
+            with stages.stage("check") as tell:
+                encoder, predicted, nll_ratio = keep_fluent(
+                    base, pack, learnt, encoder, limit=config.nll_limit, runtime=runtime, tell=tell
+                )
         scale = encoder.scale
         passed = learnt.heldout.passes and scale > 0.0
         worse = None

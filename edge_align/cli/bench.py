@@ -80,7 +80,7 @@ def latency(app: App, model: str | None, engine: str | None, runs: int, tokens: 
 @json_option
 @click.pass_obj
 def personalize(app: App, model: str | None, pairs: int, runs: int, runtime: RuntimeConfig) -> None:
-    """Seconds to learn a profile: encode the answers, fit, calibrate.
+    """Seconds to learn a profile: encode the answers, fit, calibrate, check fluency.
 
     The pairs are hand-written and come with edge-align.
     """
@@ -90,7 +90,7 @@ def personalize(app: App, model: str | None, pairs: int, runs: int, runtime: Run
 
     from edge_align.bases import find_base
     from edge_align.config import PersonalizeConfig
-    from edge_align.learning import calibrate, encode_dataset, learn
+    from edge_align.learning import calibrate, encode_dataset, keep_fluent, learn
     from edge_align.pairs import Dataset
     from edge_align.registry import find_pack
     from edge_align.simulation.foreign import foreign_pairs
@@ -101,12 +101,15 @@ def personalize(app: App, model: str | None, pairs: int, runs: int, runtime: Run
     dataset = Dataset(pairs=tuple(foreign_pairs("plain", n=pairs, rng=np.random.default_rng(0))), ratings=())
     feedback = encode_dataset(base, pack, dataset, runtime=runtime)
     learnt = learn(pack, feedback, seed=0)
+    config = PersonalizeConfig()
+    encoder, _ = calibrate(pack, learnt, kl_budget=config.kl_budget)
     with stages(lines=not app.json) as tell:
         seconds = stage_seconds(
             {
                 "encode": lambda: encode_dataset(base, pack, dataset, runtime=runtime),
                 "fit": lambda: learn(pack, feedback, seed=0),
-                "calibrate": lambda: calibrate(pack, learnt, kl_budget=PersonalizeConfig().kl_budget),
+                "calibrate": lambda: calibrate(pack, learnt, kl_budget=config.kl_budget),
+                "check": lambda: keep_fluent(base, pack, learnt, encoder, limit=config.nll_limit, runtime=runtime),
             },
             runs,
             tell=lambda done: tell("learn", done),

@@ -43,6 +43,6 @@ def test_personalize_times_its_stages_on_the_real_base_and_leaves_nothing(run, h
     result = run("bench", "personalize", "--pairs", "12", "--runs", "1", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert (found["pairs"], list(found["stages_sec"])) == (12, ["encode", "fit", "calibrate"])
+    assert (found["pairs"], list(found["stages_sec"])) == (12, ["encode", "fit", "calibrate", "check"])
     assert found["total_sec"] == pytest.approx(sum(found["stages_sec"].values()))
     assert not home.root.exists() or not any((home.root / "profiles").glob("*"))
