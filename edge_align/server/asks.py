@@ -233,7 +233,7 @@ def usable(text: str, name: str) -> str:
 def refuse_tools(body: Body) -> None:
     """For the protocols whose tools are not served."""
     if (body.get("tools") or body.get("functions")) and body.get("tool_choice") != "none":
-        raise bad("tools are served by /v1/chat/completions alone; use it, or leave out tools", param="tools")
+        raise bad("no tools are served here; use /v1/chat/completions or /api/chat, or leave out tools", param="tools")
 
 
 def response_schema(body: Body, config: ServerConfig) -> str | None:

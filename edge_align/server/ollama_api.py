@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import datetime, UTC
 from typing import Any
 
@@ -13,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from edge_align.config import ServerConfig
 from edge_align.records import user_prompt
 from edge_align.server import asks, fields, openapi
+from edge_align.server import tools as tool_calls
 from edge_align.server.asks import Ask
 from edge_align.server.embeddings import embed, texts_of
 from edge_align.server.fields import Body
@@ -20,6 +23,7 @@ from edge_align.server.guard import dump_json
 from edge_align.server.openapi import answers, takes
 from edge_align.server.refusal import bad, Refusal
 from edge_align.server.service import Running, Service
+from edge_align.server.tools import Call, CallReader
 from edge_align.server.transport import body_of, caller_of, Json, service_of, streamed, whole
 
 router = APIRouter()
@@ -62,7 +66,7 @@ async def show(request: Request) -> Response:
     service, body = service_of(request), body_of(request)
     name = model_of(body) or service.model_id
     service.choose(Ask(model=name, sampling=asks.sampled({}, service.config)), {}, caller_of(request))
-    info = await service.decoder.call(lambda engine: engine.backend.info)
+    info, tools = await service.decoder.call(lambda engine: (engine.backend.info, engine.backend.takes_tools))
     return Json(
         {
             "details": details(service),
@@ -72,7 +76,7 @@ async def show(request: Request) -> Response:
                 f"{info.architecture}.embedding_length": info.d_model,
                 f"{info.architecture}.context_length": info.n_ctx,
             },
-            "capabilities": ["completion"],
+            "capabilities": ["completion", *(["tools"] if tools else [])],
             "modelfile": "",
             "parameters": "",
             "template": "",
@@ -113,10 +117,11 @@ def model_of(body: Body) -> str | None:
 @router.post("/api/chat", **takes(openapi.OLLAMA_CHAT, streams="application/x-ndjson"))
 async def chat(request: Request) -> Response:
     service, body = service_of(request), body_of(request)
+    tools = tool_calls.offered(body, service.config)
     if not body.get("messages"):
         return await loaded(request, service, {"message": {"role": "assistant", "content": ""}})
-    asks.refuse_tools(body)
-    return await answer(request, ask_of(body, service.config, prompt=asks.messages(body, service.config)), "message")
+    ask = ask_of(body, service.config, prompt=asks.messages(body, service.config))
+    return await answer(request, replace(ask, tools=tools), "message")
 
 
 @router.post("/api/generate", **takes(openapi.OLLAMA_GENERATE, streams="application/x-ndjson"))
@@ -168,37 +173,47 @@ async def answer(request: Request, ask: Ask, kind: str) -> Response:
     """`kind` "message" or "response": where the text stands."""
     service, started = service_of(request), time.perf_counter_ns()
     running = await service.running([ask], request.headers, caller_of(request), kind="ollama")
+    reader = CallReader(ask.tools)
     if not ask.stream:
         await whole(request, running)
-        return Json(last(running, kind, "".join(running.choices[0].text), started))
-    parts = lines(running, kind, started)
+        text = reader.feed("".join(running.choices[0].text)) + reader.finish()
+        return Json(last(running, kind, text, reader.calls, started))
+    parts = lines(running, kind, reader, started)
     return await streamed(request, running, parts, media_type="application/x-ndjson", broken=broken)
 
 
-async def lines(running: Running, kind: str, started: int) -> AsyncIterator[bytes]:
+async def lines(running: Running, kind: str, reader: CallReader, started: int) -> AsyncIterator[bytes]:
+    """Text as it is decoded, each call when it is whole."""
     async for _, event in running.events():
-        if event.chunk.finish_reason is not None:
-            yield dump_json(last(running, kind, event.chunk.text, started)) + b"\n"
-        elif event.chunk.text:
-            yield dump_json(part(running, kind, event.chunk.text)) + b"\n"
+        before, ends = len(reader.calls), event.chunk.finish_reason is not None
+        text = reader.feed(event.chunk.text) + (reader.finish() if ends else "")
+        calls = reader.calls[before:]
+        if ends:
+            yield dump_json(last(running, kind, text, calls, started)) + b"\n"
+        elif text or calls:
+            yield dump_json(part(running, kind, text, calls)) + b"\n"
 
 
 def broken(refusal: Refusal) -> bytes:
     return dump_json(refusal.body(ollama=True)) + b"\n"
 
 
-def part(running: Running, kind: str, text: str) -> dict[str, Any]:
+def part(running: Running, kind: str, text: str, calls: Sequence[Call]) -> dict[str, Any]:
     content: Any = {"role": "assistant", "content": text} if kind == "message" else text
+    if calls:
+        content["tool_calls"] = [
+            {"function": {"name": call.name, "arguments": json.loads(call.arguments)}} for call in calls
+        ]
     name = running.asks[0].model or running.model
     return {"model": name, "created_at": now(), kind: content, "done": False}
 
 
-def last(running: Running, kind: str, text: str, started: int) -> dict[str, Any]:
+def last(running: Running, kind: str, text: str, calls: Sequence[Call], started: int) -> dict[str, Any]:
     """The end, with costs in nanoseconds; `id` is for POST /v1/feedback."""
     prompt, decoded, _ = running.usage()
     stats = running.choices[0].stats
     total = time.perf_counter_ns() - started
-    return part(running, kind, text) | {
+    return part(running, kind, text, calls) | {
         "done": True,
         "done_reason": running.finish_reason(0),
         "total_duration": total,

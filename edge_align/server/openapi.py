@@ -102,7 +102,7 @@ EMBEDDINGS = table(
     encoding_format={"enum": ["float", "base64", None]},
     dimensions=integer(1, 1 << 20),
 )
-OLLAMA_CHAT = table(messages=many(MESSAGE), **OLLAMA)
+OLLAMA_CHAT = table(messages=many(MESSAGE), tools={"type": ["array", "null"], "items": TOOL}, **OLLAMA)
 OLLAMA_GENERATE = table(prompt=MAYBE_TEXT, system=MAYBE_TEXT, raw=FLAG, **OLLAMA)
 OLLAMA_SHOW = table(model=MAYBE_TEXT, name=MAYBE_TEXT)
 OLLAMA_EMBED = table("input", input=TEXTS, model=MAYBE_TEXT)

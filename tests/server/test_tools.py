@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import ollama
 import openai
 import pytest
 from hypothesis import given, settings
@@ -200,3 +201,39 @@ def test_how_an_answer_is_cut_into_pieces_changes_nothing(parts, data):
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert "".join(map(cut.feed, pieces)) + cut.finish() == expected
     assert [(call.name, call.arguments) for call in cut.calls] == [(c.name, c.arguments) for c in whole.calls]
+
+
+def ollama_chat(live, says, **more):
+    live.backend.says = says
+    body = {"model": MODEL, "messages": QUESTION, "tools": [WEATHER], "options": {"num_predict": 400}, **more}
+    return live.ask("POST", "/api/chat", body)
+
+
+def test_ollamas_chat_gives_calls_with_their_arguments_as_an_object(told):
+    body = ollama_chat(told, f"I will look.{CALL}", stream=False).json
+    assert body["message"] == {
+        "role": "assistant",
+        "content": "I will look.",
+        "tool_calls": [{"function": {"name": "weather", "arguments": ARGUMENTS}}],
+    }
+    assert json.dumps(WEATHER) in told.backend.detokenize(told.backend.rendered)
+    lines = [json.loads(line) for line in ollama_chat(told, f"I will look.{CALL}{CALL}").data.splitlines()]
+    assert "".join(line["message"]["content"] for line in lines) == "I will look."
+    calls = [call for line in lines for call in line["message"].get("tool_calls", [])]
+    assert [call["function"]["arguments"] for call in calls] == [ARGUMENTS] * 2
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert told.ask("POST", "/api/show", {"model": MODEL}).json["capabilities"] == ["completion", "tools"]
+
+
+def test_ollamas_own_client_gets_calls_and_sends_back_results(told):
+    told.backend.says = CALL
+    with ollama.Client(host=told.url) as client:
+        message = client.chat(MODEL, messages=QUESTION, tools=[WEATHER]).message
+        assert message.tool_calls[0].function.name == "weather"
+        assert dict(message.tool_calls[0].function.arguments) == ARGUMENTS
+        told.backend.says = "Take an umbrella."
+        result = {"role": "tool", "tool_name": "weather", "content": "Rain."}
+        later = client.chat(MODEL, messages=[*QUESTION, message, result], tools=[WEATHER])
+    assert later.message.content == "Take an umbrella."
+    shown = told.backend.detokenize(told.backend.rendered)
+    assert "Bergen" in shown and "tool\nRain." in shown
