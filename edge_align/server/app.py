@@ -71,7 +71,7 @@ def create_app(
             decoder.close()
             service.ledger.close()
 
-    app = FastAPI(
+    app = _App(
         title="edge-align",
         version=__version__,
         lifespan=lifespan,
@@ -86,6 +86,19 @@ def create_app(
     for part in (openai_api, responses_api, embeddings, ollama_api, local_api):
         app.include_router(part.router, responses=refusals(ollama=part is ollama_api))
     return Guard(app, config=config, keys=keys)
+
+
+class _App(FastAPI):
+    """Its document is without the 422 that FastAPI adds to routes with parameters: ours refuse with 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        found = super().openapi()
+        for path in found["paths"].values():
+            for route in path.values():
+                route["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found.get("components", {}).get("schemas", {}).pop(name, None)
+        return found
 
 
 def model_name(model: str | None) -> str:

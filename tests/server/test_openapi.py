@@ -47,6 +47,11 @@ DOCUMENT = create_app(home=Home(Path("unused")), open_engine=fake_engine())._app
 ROUTES = {(method.upper(), path): route for path, found in DOCUMENT["paths"].items() for method, route in found.items()}
 
 
+def test_the_document_holds_no_answer_that_is_never_given():
+    assert not [name for name, route in ROUTES.items() if "422" in route["responses"]]
+    assert "ValidationError" not in json.dumps(DOCUMENT)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[tuple[Live, Home]]:
     """A server with two keys; the one in use is bound to ann, and bob's name is for nobody to hear."""
