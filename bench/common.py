@@ -419,10 +419,10 @@ def count_pairs(who: User, answers: Sequence[Sequence[str]]) -> int:
 
 
 def users_pairs(
-    who: User, questions: Sequence[str], answers: Sequence[Sequence[str]], *, n: int, seed: int
+    who: User, questions: Sequence[str], answers: Sequence[Sequence[str]], *, n: int, seed: int, flip: float = 0.0
 ) -> list[PreferencePair]:
-    """`n` pairs as this user picks them among the training answers."""
-    return make_pairs(who, questions, answers, n=n, rng=np.random.default_rng(seed))
+    """`n` pairs as this user picks them among the training answers, a share `flip` of them the wrong way round."""
+    return make_pairs(who, questions, answers, n=n, rng=np.random.default_rng(seed), flip=flip)
 
 
 def dataset_of(pairs: Sequence[PreferencePair]) -> Dataset:

@@ -54,7 +54,7 @@ def run(bench: Bench) -> dict[str, Any]:
     rows = []
     for size in [int(n) for n in args.sizes.split(",")]:
         for who in chosen_users(args.users):
-            pairs = users_pairs(who, questions, answers, n=size, seed=args.seed)
+            pairs = users_pairs(who, questions, answers, n=size, seed=args.seed, flip=args.flip)
             profile = learn_profile(bench, pairs, kl_budget=args.kl_budget)
             row = judge_profile(bench, who, profile, unseen, second.get(who.name))
             row |= {"pairs": size, "kl": measure(profile)}
@@ -191,6 +191,7 @@ if __name__ == "__main__":
     p = parser("Win rate of personal answers, fluency, and predicted against measured KL.")
     p.add_argument("--users", metavar="A,B", help="default: all eight")
     p.add_argument("--sizes", default="100,20", help="pairs learnt from")
+    p.add_argument("--flip", type=float, default=0.0, help="share of the verdicts that are the wrong way round")
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
     p.add_argument("--max-tokens", type=int, default=96)
     p.add_argument("--kl-budget", type=float, default=PersonalizeConfig().kl_budget)

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- begin: bench/report.py -->", "<!-- end: bench/report.py -->"
 Result = dict[str, Any]
 
 SIZES = (100, 20)  # pairs
+FLIP = 0.25  # share of wrong verdicts
 OURS = "edge-align"  # the arm
 
 
@@ -95,9 +96,12 @@ def source(result: Result) -> str:
 
 
 # -- sections ------------------------------------------------------------------------------------------------------
-def quality_of(results: Results, pairs: int) -> tuple[Result, list[Result]]:
-    """The newest quality result at this number of pairs, and its rows."""
-    result = results.newest("quality", where=lambda r: any(row["pairs"] == pairs for row in r["users"]))
+def quality_of(results: Results, pairs: int, *, flip: float = 0.0) -> tuple[Result, list[Result]]:
+    """The newest quality result at this number of pairs and share of wrong verdicts, and its rows."""
+    result = results.newest(
+        "quality",
+        where=lambda r: r["options"].get("flip", 0.0) == flip and any(row["pairs"] == pairs for row in r["users"]),
+    )
     return result, [row for row in result["users"] if row["pairs"] == pairs]
 
 
@@ -129,6 +133,30 @@ def quality(results: Results) -> str:
         head.append("predicted / measured KL at strength " + ", ".join(str(kl["strength"]) for kl in rows[0]["kl"]))
         parts.append(f"**{size} pairs, {result['prompts']} unseen prompts**\n\n{table(head, body)}\n\n{source(result)}")
     return "\n\n".join(parts)
+
+
+def flipped(results: Results) -> str:
+    """What is left of the gain over one half when verdicts are wrong."""
+    size = SIZES[0]
+    clean = {row["user"]: row for row in quality_of(results, size)[1]}
+    result, rows = quality_of(results, size, flip=FLIP)
+    pairs = [(clean[row["user"]], row) for row in rows]
+    left = mean(row["win_rate"] - 0.5 for _, row in pairs) / mean(one["win_rate"] - 0.5 for one, _ in pairs)
+    body = [
+        [
+            row["user"].replace("_", " "),
+            percent(one["win_rate"]),
+            percent(row["win_rate"]),
+            f"{row['p']:.3f}",
+            f"{row['nll_ratio']:.2f} x",
+        ]
+        for one, row in pairs
+    ]
+    said = (
+        f"{size} pairs, {percent(FLIP)} of them the wrong way round. Of the gain over one half {percent(left)} is left."
+    )
+    text = table(["user", "win rate, all verdicts right", "with wrong ones", "gate p", "NLL"], body)
+    return f"{said}\n\n{text}\n\n{source(result)}"
 
 
 def by_arm(rows: Iterable[Result]) -> dict[str, list[Result]]:
@@ -333,6 +361,7 @@ SERVER_PARTS = {"start": _start, "against": _against, "prefix": _prefix}
 
 SECTIONS = (
     ("Do people prefer the personal answers?", quality),
+    ("When verdicts are wrong", flipped),
     ("Beside what people would use instead", alternatives),
     ("What chance does", directions),
     ("The gate", gate),
