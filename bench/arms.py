@@ -73,6 +73,8 @@ def run(bench: Bench) -> dict[str, Any]:
         pairs = users_pairs(who, questions, answers, n=args.pairs, seed=args.seed)
         made: dict[str, list[Answer]] = {}
         for arm in arms(bench, who, pairs, unseen):
+            if args.vectors_only and arm.ask is not user_prompt:
+                continue
             made[arm.name] = sample(
                 bench,
                 unseen,
@@ -174,6 +176,7 @@ if __name__ == "__main__":
     p = parser("Win rates of prompts, a mean-difference vector and edge-align on the same pairs.")
     p.add_argument("--users", metavar="A,B", help="default: all eight")
     p.add_argument("--pairs", type=int, default=100, help="pairs each arm may use")
+    p.add_argument("--vectors-only", action="store_true", help="leave out the arms that write into the prompt")
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
     p.add_argument("--max-tokens", type=int, default=64)
     main(run, p.parse_args(), __file__)

@@ -159,17 +159,20 @@ def flipped(results: Results) -> str:
     return f"{said}\n\n{text}\n\n{source(result)}"
 
 
-def by_arm(rows: Iterable[Result]) -> dict[str, list[Result]]:
-    """Rows of `arms.py` per arm, in the order they were run."""
-    found: dict[str, list[Result]] = {}
-    for row in rows:
-        found.setdefault(row["arm"], []).append(row)
-    return found
-
-
 def alternatives(results: Results) -> str:
-    result = results.newest("arms")
-    found = by_arm(result["rows"])
+    return "\n\n".join(_alternatives(*arms_of(results, pairs)) for pairs in SIZES)
+
+
+def arms_of(results: Results, pairs: int) -> tuple[Result, dict[str, list[Result]]]:
+    """The newest result of `arms.py` at this number of pairs, and its rows per arm in the order they were run."""
+    result = results.newest("arms", where=lambda r: r["pairs"] == pairs)
+    found: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["arm"], []).append(row)
+    return result, found
+
+
+def _alternatives(result: Result, found: dict[str, list[Result]]) -> str:
     users = list(dict.fromkeys(row["user"] for row in result["rows"]))
     body = []
     for name, rows in found.items():
@@ -188,7 +191,7 @@ def alternatives(results: Results) -> str:
         )
     head = ["", *(who.replace("_", " ") for who in users), "mean", "ours against it", "NLL", "distinct-2"]
     said = (
-        f"Win rate against the base on {result['prompts']} unseen prompts, from the same {result['pairs']} pairs. The "
+        f"**{result['pairs']} pairs, {result['prompts']} unseen prompts.** Win rates against the base. The "
         "written preference is the sentence that defines the user, which nobody tells the other arms. The "
         "mean-difference vector steers the same blocks at the KL that ours measures."
     )
@@ -386,8 +389,7 @@ def readme_table(results: Results) -> str:
     time, lora = (results.newest(name) for name in ("personalize_time", "training_time"))
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
     null = results.newest("nulls", where=lambda r: "directions" in r)["directions"]
-    other = results.newest("arms")
-    others = by_arm(other["rows"])
+    other, others = arms_of(results, SIZES[0])
     dtype = "bf16" if time["machine"]["bf16"] else "fp32"
 
     def won(size: int) -> str:
