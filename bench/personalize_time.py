@@ -61,8 +61,8 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def stages(bench: Bench, dataset: Dataset, lengths: list[int], *, bf16: bool) -> dict[str, float]:
     """Median seconds per stage over --runs, and of the floor."""
-    opened = learning.open_encoder
-    learning.open_encoder = lambda path: AnswerEncoder(path, bf16=bf16)
+    opened = learning.open_base_encoder
+    learning.open_base_encoder = lambda base, **_: AnswerEncoder(base.path, bf16=bf16)
     floor = matmul_floor(bench, lengths, torch.bfloat16 if bf16 else torch.float32)
     budget = PersonalizeConfig().kl_budget
     seconds: dict[str, list[float]] = {"encode": [], "fit": [], "calibrate": [], "floor": [], "check": []}
@@ -85,7 +85,7 @@ def stages(bench: Bench, dataset: Dataset, lengths: list[int], *, bf16: bool) ->
                 if i:
                     seconds[name].append(value)
     finally:
-        learning.open_encoder = opened
+        learning.open_base_encoder = opened
     row = {name: median(values) for name, values in seconds.items()}
     row["sum"] = median(sum(parts) for parts in zip(*(seconds[k] for k in ("encode", "fit", "calibrate")), strict=True))
     return row | {"encode_over_floor": row["encode"] / row["floor"], "sum_over_floor": row["sum"] / row["floor"]}

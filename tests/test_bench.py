@@ -146,6 +146,14 @@ def walk(value: Any) -> Iterator[Any]:
         yield from walk(item)
 
 
+def test_learning_is_timed_stage_by_stage_and_as_a_whole(workplace: tuple[str, ...]) -> None:
+    document = run("personalize_time.py", *workplace, "--user", "long_words")
+    assert document["pairs"] == 12 and document["cold_sec"] > 0
+    for found in document["warm_sec"].values():
+        assert found["sum"] == pytest.approx(found["encode"] + found["fit"] + found["calibrate"])  # of one run
+        assert found["check"] > 0 and found["floor"] > 0
+
+
 def test_what_people_would_use_instead_is_judged_beside_ours(workplace: tuple[str, ...]) -> None:
     rows = run("arms.py", *workplace, "--users", "short")["rows"]
     assert [row["arm"] for row in rows] == [
