@@ -65,7 +65,7 @@ from edge_align.store import FeedbackLog
 with FeedbackLog(Home(Path(sys.argv[1]))) as log:
     print(0, flush=True)
     for n in range(10**9):
-        log.forget("p", matching=f"question {n} ")
+        log.forget("p", matching=f"question {n:04d}")  # of one length: none holds another
         print(n, flush=True)
 """
 
@@ -126,7 +126,7 @@ def test_a_killed_forget_deletes_whole_rows_and_the_log_opens(tmp_path):
     from edge_align.records import FeedbackRow, user_prompt
 
     rng = random.Random(3)
-    rows = [FeedbackRow(prompt=user_prompt(f"question {n} ?"), chosen="good", rejected="bad") for n in range(2000)]
+    rows = [FeedbackRow(prompt=user_prompt(f"question {n:04d} ?"), chosen="good", rejected="bad") for n in range(2000)]
     with FeedbackLog(Home(tmp_path)) as log:
         log.append("p", rows)
     for _ in range(5):
