@@ -30,13 +30,11 @@ from common import (
     train_answers,
     users_pairs,
 )
-from quality import judged
+from quality import answer_cap, judged, other_judges
 from rich.table import Table
 
-from edge_align.errors import BackendUnavailable
 from edge_align.kl import factor_for_kl, measured_kl, sampled_probe
 from edge_align.records import Message, PreferencePair, Prompt, SteeringVectors, user_prompt
-from edge_align.simulation.judges import second_judges
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import User, wins
 
@@ -62,13 +60,10 @@ def run(bench: Bench) -> dict[str, Any]:
         args.prompts, args.max_tokens, args.pairs = 2, 8, 8
     questions, answers = train_answers(bench)
     unseen = list(prompts("test")[: args.prompts])
-    try:
-        second = second_judges()
-    except BackendUnavailable:
-        second = {}
+    second = other_judges()
     rows = []
     for who in chosen_users(args.users):
-        cap = args.max_tokens if args.quick else max(args.max_tokens, who.max_tokens or 0)
+        cap = answer_cap(bench, who)
         base = sample(bench, unseen, max_tokens=cap, seed=args.seed + SEED, label="base answers")
         pairs = users_pairs(who, questions, answers, n=args.pairs, seed=args.seed)
         made: dict[str, list[Answer]] = {}

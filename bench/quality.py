@@ -46,10 +46,7 @@ def run(bench: Bench) -> dict[str, Any]:
         args.prompts, args.max_tokens, args.kl_prompts, args.kl_tokens = 2, 12, 1, 6
     questions, answers = train_answers(bench)
     unseen = list(prompts("test")[: args.prompts])
-    try:
-        second = second_judges()
-    except BackendUnavailable:
-        second = {}
+    second = other_judges()
     measure = kl_meter(bench, unseen)
     rows = []
     for size in [int(n) for n in args.sizes.split(",")]:
@@ -64,10 +61,24 @@ def run(bench: Bench) -> dict[str, Any]:
     return {"prompts": len(unseen), "users": rows, "summary": summary(rows)}
 
 
+def other_judges() -> dict[str, Judge]:
+    """Second judges by user; none where their packages are not installed."""
+    try:
+        return second_judges()
+    except BackendUnavailable:
+        return {}
+
+
+def answer_cap(bench: Bench, who: User) -> int:
+    """Tokens an answer may have: a user of length has a cap of his own."""
+    args = bench.args
+    return int(args.max_tokens if args.quick else max(args.max_tokens, who.max_tokens or 0))
+
+
 def judge_profile(bench: Bench, who: User, profile: Profile, unseen: list[str], second: Judge | None) -> dict[str, Any]:
     """Personal answers against the base's, same cap, same seeds."""
     args = bench.args
-    cap = args.max_tokens if args.quick else max(args.max_tokens, who.max_tokens or 0)
+    cap = answer_cap(bench, who)
     seed = args.seed + SEED
     base = sample(bench, unseen, max_tokens=cap, seed=seed, label="base answers")
     ours = sample(bench, unseen, max_tokens=cap, seed=seed, encoder=profile.encoder, label=who.name)
