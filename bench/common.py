@@ -363,12 +363,15 @@ def sample_rows(
     label: str = "sampling",
 ) -> list[Answer]:
     """As `sample`, from the PyTorch reference, whose rows may be steered differently: vectors (n, n_layer, d_model)."""
+    from edge_align.runtime import torch_sample
+
     rendered = {question: bench.backend.render(user_prompt(question)) for question in set(questions)}
     with progress(label, len(questions)) as tell:
         for start in range(len(kept.rows), len(questions), batch):
             tell(start)
             part = slice(start, start + batch)
-            made = model.sample(
+            made = torch_sample.sample(
+                model,
                 [rendered[question] for question in questions[part]],
                 sampling=SamplingConfig(max_tokens=max_tokens, seed=seed + start),
                 eos=[bench.eos],
@@ -382,13 +385,14 @@ def sample_rows(
 
 
 def reference_model(bench: Bench) -> Any:
-    """The whole base in PyTorch, bfloat16 where that is fast."""
+    """The whole base in PyTorch, on the GPU where there is one, bfloat16 where that is fast."""
     import torch
 
     from edge_align.runtime.torch_ref import LlamaReference
 
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return LlamaReference(bench.base.path, dtype=torch.bfloat16 if fast else torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fast = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return LlamaReference(bench.base.path, dtype=torch.bfloat16 if fast else torch.float32, device=device)
 
 
 def nll_under_base(bench: Bench, questions: Sequence[str], answers: Sequence[Answer]) -> float:

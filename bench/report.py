@@ -198,6 +198,47 @@ def _alternatives(result: Result, found: dict[str, list[Result]]) -> str:
     return f"{said}\n\n{table([*head, 'tokens added to a prompt', 'to learn'], body)}\n\n{source(result)}"
 
 
+def lora(results: Results) -> str:
+    """LoRA-DPO beside ours, by user."""
+    result = results.newest("lora")
+    by = {(row["arm"], row["pairs"], row["user"]): row for row in result["rows"]}
+    settings, body = result["lora"], []
+    for pairs in sorted({row["pairs"] for row in result["rows"]}, reverse=True):
+        users = [user for arm, n, user in by if arm == OURS and n == pairs]
+        for name in users:
+            both = [by[arm, pairs, name] for arm in ("LoRA-DPO", OURS)]
+            body.append(_beside(name.replace("_", " "), pairs, both))
+        both = [[by[arm, pairs, name] for name in users] for arm in ("LoRA-DPO", OURS)]
+        means = [{key: mean(row[key] for row in rows) for key in _COMPARED} for rows in both]
+        body.append(_beside("**all**", pairs, means))
+    head = ["user", "pairs", "LoRA-DPO", "ours", "NLL", "ours", "distinct-2", "ours", "bytes", "ours"]
+    tuned = ", ".join(
+        f"{row['learning_rate']:g}: {percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in result["tuning"]
+    )
+    said = (
+        f"Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine. The LoRA "
+        f"(r{settings['rank']} on every linear map, beta {settings['beta']}, {settings['epochs']} epochs) has the "
+        "learning rate that did best on four validation people among those within 1.25 x the base's NLL "
+        f"({tuned}): {settings['learning_rate']:g}. It has no KL budget; ours has one."
+    )
+    gains = ", ".join(
+        f"{100 * found['mean']:+.1f} points ({100 * found['ci'][0]:.1f} to {100 * found['ci'][1]:.1f}) "
+        f"with {name.split()[1]} pairs"
+        for name, found in result["summary"].items()
+        if " less " in name and name.split()[1] == name.split()[-1]
+    )
+    return f"{said}\n\n{table(head, body)}\n\nOurs less the LoRA's, by prompt: {gains}.\n\n{source(result)}"
+
+
+_COMPARED = ("win_rate", "nll_ratio", "distinct2_ratio", "stored_bytes")
+
+
+def _beside(name: str, pairs: int, both: Sequence[Result]) -> list[str]:
+    cells = [name, str(pairs), *(percent(row["win_rate"]) for row in both)]
+    cells += [f"{row[key]:.2f} x" for key in ("nll_ratio", "distinct2_ratio") for row in both]
+    return [*cells, *(f"{row['stored_bytes']:,.0f}" for row in both)]
+
+
 def directions(results: Results) -> str:
     result = results.newest("nulls", where=lambda r: "directions" in r)
     found = result["directions"]
@@ -366,6 +407,7 @@ SECTIONS = (
     ("Do people prefer the personal answers?", quality),
     ("When verdicts are wrong", flipped),
     ("Beside what people would use instead", alternatives),
+    ("Beside a LoRA for every person", lora),
     ("What chance does", directions),
     ("The gate", gate),
     ("Time to learn a person", learning),
@@ -390,6 +432,9 @@ def readme_table(results: Results) -> str:
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
     null = results.newest("nulls", where=lambda r: "directions" in r)["directions"]
     other, others = arms_of(results, SIZES[0])
+    tuned = results.newest("lora")
+    pairs = max(row["pairs"] for row in tuned["rows"])
+    beside = [tuned["summary"][f"pairs_{pairs}"][arm] for arm in ("LoRA-DPO", OURS)]
     dtype = "bf16" if time["machine"]["bf16"] else "fp32"
 
     def won(size: int) -> str:
@@ -415,9 +460,9 @@ def readme_table(results: Results) -> str:
                 f"{lora['lora']['seconds']:.0f} s",
             ],
             [
-                f"its win rate and ours{earlier(lora)} on {lora['prompts']} unseen prompts, one user ({lora['user']}); "
-                "the LoRA had no KL budget",
-                ", ".join(percent(lora["win_rate"][name]) for name in ("LoRA-DPO", "edge-align")),
+                f"a tuned LoRA-DPO and ours{earlier(tuned)} from {pairs} pairs, the same users: win rate, "
+                "NLL times the base's",
+                ", ".join(f"{percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in beside),
             ],
             [
                 f"{found['prompts']} unseen prompts: the judge prefers the personal answer, 100 pairs, mean (lowest) "

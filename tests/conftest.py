@@ -103,7 +103,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Any:
     """
     from edge_align.config import RuntimeConfig
     from edge_align.home import Home
-    from edge_align_export.pack import build_pack, LinearConfig
+    from edge_align_export.linear import LinearConfig
+    from edge_align_export.pack import build_pack
 
     config = LinearConfig(
         prompts=20,  # sampled, and kept, 16 at a time

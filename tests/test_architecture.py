@@ -85,6 +85,7 @@ edge_align.runtime.positions
 edge_align.runtime.activations
 edge_align.runtime.torch_rows
 edge_align.runtime.torch_ref
+edge_align.runtime.torch_sample
 edge_align.installed
 edge_align.speed
 edge_align.kl
@@ -130,6 +131,10 @@ edge_align_export.card
 edge_align_export.metric
 edge_align_export.passes
 edge_align_export.texts
+edge_align_export.measure
+edge_align_export.clap_loss
+edge_align_export.clap
+edge_align_export.curves
 edge_align_export.pack
 edge_align_export.room
 edge_align_export.hf_folder

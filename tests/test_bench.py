@@ -25,7 +25,7 @@ from edge_align.simulation.prompts import prompts
 from scripts.tiny_models import write_gguf
 
 BENCH = Path(__file__).parent.parent / "bench"
-SHARED = ("common.py", "report.py", "serving.py", "serving_learning.py", "serving_soak.py")
+SHARED = ("common.py", "lora_dpo.py", "report.py", "serving.py", "serving_learning.py", "serving_soak.py")
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name not in SHARED)
 K, INPUTS = 6, 3
 
@@ -58,7 +58,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "serving",
         "serving_learning",
         "serving_soak",
-        "training_time",
+        "lora_dpo",
     )
     before = list(sys.path)
     sys.path.insert(0, str(BENCH))
@@ -332,9 +332,9 @@ def test_shuffled_verdicts_are_turned_round_about_half_the_time(bench: dict[str,
 def test_rotary_layouts_are_each_others_reverse(bench: dict[str, ModuleType]) -> None:
     # head 0 of size 4 is rows 0-3: halves (0, 1 | 2, 3) interleave to 0, 2, 1, 3
     rows = torch.arange(8.0)[:, None].expand(8, 3)
-    interleaved = bench["training_time"].interleave(rows, 2)
+    interleaved = bench["lora_dpo"].interleave(rows, 2)
     assert interleaved[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(bench["training_time"].split_halves(interleaved, 2), rows)
+    assert torch.equal(bench["lora_dpo"].split_halves(interleaved, 2), rows)
 
 
 def test_a_saved_document_never_replaces_another(

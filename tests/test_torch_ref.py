@@ -12,6 +12,7 @@ from edge_align.records import SteeringVectors, user_prompt
 from edge_align.runtime.positions import PositionSums
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align.runtime.torch_rows import draw
+from edge_align.runtime.torch_sample import sample, sample_and_read
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=6)
 
@@ -50,7 +51,7 @@ class TestATinyModel:
         _, weights, model = tiny
         prompts = [[3, 7, 1, 12], [4], [9, 9]]
         for vectors in (None, steering()):
-            answers = model.sample(prompts, sampling=GREEDY, eos=[], vectors=vectors)
+            answers = sample(model, prompts, sampling=GREEDY, eos=[], vectors=vectors)
             for prompt, answer in zip(prompts, answers, strict=True):
                 text = list(prompt)
                 for _ in range(GREEDY.max_tokens):
@@ -61,24 +62,24 @@ class TestATinyModel:
     def test_gives_every_row_of_a_batch_its_own_vectors(self, tiny):
         model = tiny[2]
         rows = np.stack([steering(1), 0 * steering(), steering(2)])
-        together = model.sample([[3, 7]] * 3, sampling=GREEDY, eos=[], vectors=rows)
-        alone = [model.sample([[3, 7]], sampling=GREEDY, eos=[], vectors=row)[0] for row in rows]
+        together = sample(model, [[3, 7]] * 3, sampling=GREEDY, eos=[], vectors=rows)
+        alone = [sample(model, [[3, 7]], sampling=GREEDY, eos=[], vectors=row)[0] for row in rows]
         assert together == alone
-        assert together[1] == model.sample([[3, 7]], sampling=GREEDY, eos=[])[0] != together[0]
+        assert together[1] == sample(model, [[3, 7]], sampling=GREEDY, eos=[])[0] != together[0]
 
     def test_stops_after_an_end_token_and_keeps_it(self, tiny):
         model = tiny[2]
-        free = model.sample([[3, 7]], sampling=GREEDY, eos=[])[0]
+        free = sample(model, [[3, 7]], sampling=GREEDY, eos=[])[0]
         end = free[2]
-        assert model.sample([[3, 7]], sampling=GREEDY, eos=[end])[0] == free[: free.index(end) + 1]
+        assert sample(model, [[3, 7]], sampling=GREEDY, eos=[end])[0] == free[: free.index(end) + 1]
 
     def test_reads_while_it_samples_what_a_second_pass_would(self, tiny):
         model, prompts = tiny[2], [[3, 7, 1, 12], [4], [3, 7, 1, 12]]
         drawn = SamplingConfig(max_tokens=6, seed=3)
-        first = model.sample(prompts, sampling=drawn, eos=[])[0]
+        first = sample(model, prompts, sampling=drawn, eos=[])[0]
         end = next(token for token in first if token != first[0])
         read, again = PositionSums(6, 2, model.shape.d_model), PositionSums(6, 2, model.shape.d_model)
-        answers, means = model.sample_and_read(prompts, layers=[1, 0], sampling=drawn, eos=[end], positions=read)
+        answers, means = sample_and_read(model, prompts, layers=[1, 0], sampling=drawn, eos=[end], positions=read)
         kept = [answer[:-1] for answer in answers]  # an end token, or the last one before the cap: not passed through
         assert 0 < len(kept[0]) == first.index(end) < 5 == max(map(len, kept)) and all(kept)
         spans = [(len(prompt), len(prompt) + len(answer)) for prompt, answer in zip(prompts, kept, strict=True)]

@@ -19,6 +19,7 @@ from edge_align.cli.options import (
 from edge_align.cli.output import emit_json, say, show_facts, show_table, size, stages
 from edge_align.cli.report import time_in_words
 from edge_align.config import RuntimeConfig
+from edge_align.errors import InputError
 
 
 @click.group("export")
@@ -28,28 +29,53 @@ def command() -> None:
 
 @command.command("pack")
 @click.option("--model", metavar="ID|GGUF", required=True, help="The base: a known id or a GGUF file.")
-@click.option("--recipe", type=click.Choice(["linear"]), default="linear", help="How the pack is made.")
+@click.option(
+    "--recipe",
+    type=click.Choice(["linear", "clap"]),
+    default="linear",
+    help="linear: forward passes only. clap: trained through the frozen base from there.",
+)
 @click.option("--out", metavar="DIR", help="Where to put it.  [default: the home folder, where it is found]")
 @click.option(
     "--fast", is_flag=True, show_default=False, help="Use ready-made texts instead of sampling: quicker, less exact."
 )
 @click.option("--prompts", type=int, help="Prompts to sample answers to; more make a better pack.  [default: 304]")
+@click.option("--answers", type=int, help="Answers to each prompt.  [default: 8]")
+@click.option("--steps", type=int, help="clap: training steps.  [default: 200]")
+@click.option("--batch", type=int, help="clap: prompts in a step, with 8 answers each.  [default: 2]")
 @runtime_options
 @json_option
 @click.pass_obj
 def pack(
-    app: App, model: str, recipe: str, out: str | None, fast: bool, prompts: int | None, runtime: RuntimeConfig
+    app: App,
+    model: str,
+    recipe: str,
+    out: str | None,
+    fast: bool,
+    prompts: int | None,
+    answers: int | None,
+    steps: int | None,
+    batch: int | None,
+    runtime: RuntimeConfig,
 ) -> None:
     """Build the latent pack of a base.
 
     Samples answers of the base and finds the directions in which they differ. Takes minutes to hours, most of it for
-    sampling; a stopped run goes on where it was when the command is repeated.
+    sampling; a stopped run goes on where it was when the command is repeated. PyTorch uses a GPU where there is one;
+    recipe clap trains on several when Hugging Face Accelerate's `accelerate launch` starts the command.
     """
     from edge_align.bases import find_base
     from edge_align.registry import estimate_minutes
-    from edge_align_export.pack import build_pack, LinearConfig
+
+    if recipe != "clap" and (steps is not None or batch is not None):
+        raise InputError("--steps and --batch belong to --recipe clap")
+    from edge_align_export.clap import ClapConfig
+    from edge_align_export.linear import LinearConfig
+    from edge_align_export.pack import build_pack
 
     home = app.home
+    sizes = {"prompts": prompts, "answers": answers}
+    training = {"steps": steps, "prompts": batch}
     base = find_base(model, home=home)
     time = "minutes" if fast else f"about {max(1, round(estimate_minutes(base))):,} minutes on this machine"
     say(f"Building the latent pack of {base.id}; this takes {time}. If it is stopped, repeat the command to go on.")
@@ -62,8 +88,11 @@ def pack(
             fast=fast,
             runtime=runtime,
             progress=progress,
-            config=LinearConfig() if prompts is None else LinearConfig(prompts=prompts),
+            config=LinearConfig(**{name: n for name, n in sizes.items() if n is not None}),
+            clap=ClapConfig(**{name: n for name, n in training.items() if n is not None}),
         )
+    if not report:  # another process of the same run writes the pack
+        return
     if app.json:
         emit_json(report)
         return

@@ -22,15 +22,20 @@ class PositionSums:
         if layer == 0:
             self.counts[at] += answers
 
+    def merge(self, sums: np.ndarray, counts: np.ndarray) -> None:
+        """Add what another one holds; it may have less room."""
+        self.sums[: len(sums)] += sums
+        self.counts[: len(counts)] += counts
 
-def centred(means: np.ndarray, lengths: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+
+def centred(means: np.ndarray, lengths: np.ndarray, positions: PositionSums) -> np.ndarray:
     """Mean states (n, n_layers, d_model) of answers of `lengths` tokens, less what the mean answer has at the positions
-    each of them covers. sums and counts as in `PositionSums`.
+    each of them covers.
 
     A short answer's plain mean is that of early positions, whose states differ from later ones whatever is said there.
     """
-    reached = int((counts > 0).sum())
-    by_position = sums[:reached] / counts[:reached, None, None]
+    reached = int((positions.counts > 0).sum())
+    by_position = positions.sums[:reached] / positions.counts[:reached, None, None]
     running = np.cumsum(by_position, axis=0)
     last = np.clip(lengths, 1, reached)
     return np.asarray(means - running[last - 1] / last[:, None, None], dtype=np.float32)

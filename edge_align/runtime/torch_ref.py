@@ -7,7 +7,7 @@ Weights are those of the GGUF, so q and k are laid out for ggml's interleaved ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edge_align.config import SamplingConfig
 from edge_align.errors import BackendUnavailable, ModelLoadError
 from edge_align.gguf_header import GGUFHeader
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.runtime.positions import PositionSums
-from edge_align.runtime.torch_rows import attend_one, batches, draw, KVCache
+from edge_align.runtime.torch_rows import attend_one, batches, KVCache
 
 SUPPORTED = ("llama",)
 """Values of `general.architecture` this module computes."""
@@ -89,27 +88,39 @@ class Block:
 class LlamaReference:
     """The model, or its first `n_layer` blocks.
 
-    dtype: float32 for parity, bfloat16 for speed (the residual stream then is bfloat16 too).
+    dtype: float32 for parity, bfloat16 for speed (the residual stream then is bfloat16 too). device: where it runs; the
+    answers of every method are on the CPU again, those of `hidden` and `head` are not.
     Raises ModelLoadError when the file is not a readable GGUF, BackendUnavailable for other architectures.
     """
 
-    def __init__(self, path: str | Path, *, n_layer: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_layer: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.tensors = GGUFTensors(Path(path))
         self.shape = read_shape(self.tensors.header)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, torch.device(device)
         self.n_layer = self.shape.n_layer if n_layer is None else min(n_layer, self.shape.n_layer)
         self.blocks = [self._block(il) for il in range(self.n_layer)]
         self._embedding: torch.Tensor | None = None
         self._head: torch.Tensor | None = None
         half = self.shape.d_head // 2
-        self._inv_freq = self.shape.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+        steps = torch.arange(half, dtype=torch.float64, device=self.device)
+        self._inv_freq = self.shape.rope_base ** (-steps / half)
+        if self.device.type != "cpu":
+            self._load_head()  # looking rows up on the CPU would wait for the device at every token
 
     def _weights(self, *names: str, norm: str | None = None) -> torch.Tensor:
         """Tensors stacked by rows; the columns times `norm`, the weight of the RMS norm before them."""
-        stacked = torch.cat([torch.from_numpy(self.tensors.read(name)) for name in names])
-        if norm is not None:
-            stacked = stacked * torch.from_numpy(self.tensors.read(norm))
-        return stacked.to(self.dtype)
+        with torch.inference_mode(False):  # whoever asks first, gradients may pass through them later
+            stacked = torch.cat([torch.from_numpy(self.tensors.read(name)) for name in names])
+            if norm is not None:
+                stacked = stacked * torch.from_numpy(self.tensors.read(norm))
+            return stacked.to(self.device, self.dtype)
 
     def _block(self, il: int) -> Block:
         p = f"blk.{il}."
@@ -134,11 +145,14 @@ class LlamaReference:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(…, d_model) residual stream after the last block -> (…, n_vocab) logits."""
+        return F.linear(self._norm(hidden), self._load_head())
+
+    def _load_head(self) -> torch.Tensor:
         if self._head is None:
             tied = "output.weight" not in self.tensors.header.tensors
             self._embedding = self._weights("token_embd.weight")
             self._head = self._weights("token_embd.weight" if tied else "output.weight", norm="output_norm.weight")
-        return F.linear(self._norm(hidden), self._head)
+        return self._head
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         """RMS norm without its weight, which is folded into the projection that follows."""
@@ -195,7 +209,7 @@ class LlamaReference:
         tokens (B, T) int64; vectors (B or 1, n_layer, d_model) added at the positions where steered (B, T) is True.
         """
         batch, length = tokens.shape
-        rotary = self.rotary(torch.arange(length)[None])
+        rotary = self.rotary(torch.arange(length, device=self.device)[None])
         x = self.embed(tokens)
         kept = []
         for il in range(self.n_layer):
@@ -210,11 +224,11 @@ class LlamaReference:
     @torch.inference_mode()
     def score(self, prompt: Sequence[int], completion: Sequence[int], vectors: np.ndarray | None = None) -> np.ndarray:
         """Teacher-forced logits (len(completion), n_vocab) float32; steered from the last prompt token on."""
-        tokens = torch.tensor([[*prompt, *completion[:-1]]])
-        steered = torch.arange(tokens.shape[1])[None] >= len(prompt) - 1
-        steering = None if vectors is None else torch.from_numpy(np.array(vectors))[None]
+        tokens = torch.tensor([[*prompt, *completion[:-1]]], device=self.device)
+        steered = torch.arange(tokens.shape[1], device=self.device)[None] >= len(prompt) - 1
+        steering = None if vectors is None else torch.from_numpy(np.array(vectors))[None].to(self.device)
         hidden, _ = self.hidden(tokens, vectors=steering, steered=steered)
-        return self.head(hidden[0, len(prompt) - 1 :]).float().numpy()
+        return self.head(hidden[0, len(prompt) - 1 :]).float().cpu().numpy()
 
     @torch.inference_mode()
     def log_probs(
@@ -229,12 +243,13 @@ class LlamaReference:
             tokens = torch.zeros(len(rows), max(map(len, texts), default=1), dtype=torch.long)
             for row, text in zip(tokens, texts, strict=True):
                 row[: len(text)] = torch.tensor(text)
+            tokens = tokens.to(self.device)
             hidden, _ = self.hidden(tokens)
             for j, i in enumerate(rows):
                 first, last = len(prompts[i]), len(texts[j])
                 logits = self.head(hidden[j, first - 1 : last - 1]).float()
                 own = logits.gather(-1, tokens[j, first:last, None])[:, 0]
-                found[i] = (own - logits.logsumexp(-1)).numpy()
+                found[i] = (own - logits.logsumexp(-1)).cpu().numpy()
         return found
 
     @torch.inference_mode()
@@ -260,136 +275,14 @@ class LlamaReference:
                 first, last = spans[i]
                 tokens[j, : len(sequences[i])] = torch.tensor(sequences[i])
                 share[j, first:last] = 1 / (last - first)
-            rotary = self.rotary(torch.arange(tokens.shape[1])[None])
+            tokens, share = tokens.to(self.device), share.to(self.device)
+            rotary = self.rotary(torch.arange(tokens.shape[1], device=self.device)[None])
             x = self.embed(tokens)
             for il in range(max(layers) + 1):
                 x = self.block(il, x, rotary, None)
                 for at in (at for at, layer in enumerate(layers) if layer == il):
-                    out[rows, at] = torch.einsum("bt,btd->bd", share, x.float()).numpy()
+                    out[rows, at] = torch.einsum("bt,btd->bd", share, x.float()).cpu().numpy()
                     if positions is not None:
                         for j, i in enumerate(rows):
-                            positions.add(at, 0, x[j, slice(*spans[i])].float().numpy())
+                            positions.add(at, 0, x[j, slice(*spans[i])].float().cpu().numpy())
         return out
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        sampling: SamplingConfig,
-        eos: Sequence[int],
-        vectors: np.ndarray | None = None,
-        batch: int = 64,
-        on_done: Callable[[int], None] | None = None,
-    ) -> list[list[int]]:
-        """One answer per prompt (token ids, `eos` kept when reached), in the order given.
-
-        vectors: (n_layer, d_model) for all rows or (n_rows, n_layer, d_model) with a row for each.
-        """
-        return self.sample_and_read(
-            prompts, layers=(), sampling=sampling, eos=eos, vectors=vectors, batch=batch, on_done=on_done
-        )[0]
-
-    @torch.inference_mode()
-    def sample_and_read(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        layers: Sequence[int],
-        sampling: SamplingConfig,
-        eos: Sequence[int],
-        vectors: np.ndarray | None = None,
-        batch: int = 64,
-        on_done: Callable[[int], None] | None = None,
-        positions: PositionSums | None = None,
-    ) -> tuple[list[list[int]], np.ndarray]:
-        """As `sample`, and what `mean_hidden` would read of every answer, at no further pass: (n, len(layers), d_model)
-        float32, and by position. An answer that `max_tokens` cuts counts without its last token, never passed through.
-        """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers: list[list[int]] = [[] for _ in prompts]
-        means = np.zeros((len(prompts), len(layers), self.shape.d_model), np.float32)
-        rng = torch.Generator().manual_seed(sampling.seed)
-        done = 0
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            steering = None
-            if vectors is not None:
-                chosen = vectors[rows] if vectors.ndim == 3 else vectors[None]
-                steering = torch.from_numpy(np.ascontiguousarray(chosen))
-            each = [prompts[i] for i in rows]
-            made, read = self._sample_batch(each, sampling, set(eos), steering, layers, rng, positions)
-            means[rows] = read.numpy()
-            for i, answer in zip(rows, made, strict=True):
-                answers[i] = answer
-            done += len(rows)
-            if on_done is not None:
-                on_done(done)
-        return answers, means
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> KVCache:
-        """A cache of all but the last token of every prompt, unsteered; equal prompts are passed through once."""
-        distinct = sorted({tuple(prompt) for prompt in prompts})
-        longest = max(map(len, prompts))
-        tokens = torch.zeros(len(distinct), longest - 1, dtype=torch.long)
-        for row, prompt in zip(tokens, distinct, strict=True):
-            row[: len(prompt) - 1] = torch.tensor(prompt[:-1], dtype=torch.long)
-        s = self.shape
-        cache = KVCache((self.n_layer, len(distinct), s.n_head_kv, longest + room, s.d_head), self.dtype)
-        if longest > 1:
-            x = self.embed(tokens)
-            rotary = self.rotary(torch.arange(longest - 1)[None])
-            for il in range(self.n_layer):
-                x = self.block(il, x, rotary, None, cache)
-        cache.lengths = torch.tensor([len(prompt) - 1 for prompt in distinct])
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        cache.select(torch.tensor([place[tuple(prompt)] for prompt in prompts]))
-        return cache
-
-    def _sample_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        eos: set[int],
-        steering: torch.Tensor | None,
-        layers: Sequence[int],
-        rng: torch.Generator,
-        positions: PositionSums | None,
-    ) -> tuple[list[list[int]], torch.Tensor]:
-        cache = self._prefill(prompts, sampling.max_tokens)
-        answers: list[list[int]] = [[] for _ in prompts]
-        sums = torch.zeros(len(prompts), len(layers), self.shape.d_model)
-        counts = torch.zeros(len(prompts), 1, 1)
-        alive = torch.arange(len(prompts))
-        open_ = torch.ones(len(prompts), dtype=torch.bool)
-        ends = torch.tensor(sorted(eos))
-        current = torch.tensor([prompt[-1] for prompt in prompts])
-        for step in range(sampling.max_tokens):
-            rotary = self.rotary(cache.lengths[:, None])
-            span = int(cache.lengths.max()) + 1
-            mask = (torch.arange(span)[None] <= cache.lengths[:, None])[:, None, None, :]
-            x = self.embed(current[:, None])
-            reading = open_[alive] if step else torch.zeros(len(alive), dtype=torch.bool)  # step 0 passes the prompt's
-            counts[alive[reading]] += 1
-            for il in range(self.n_layer):
-                x = self.block(il, x, rotary, mask, cache)
-                if steering is not None and il > 0:
-                    rows = steering if steering.shape[0] == 1 else steering[alive]
-                    x = x + rows[:, il, None, :].to(x.dtype)
-                for at in (at for at, layer in enumerate(layers) if layer == il):
-                    here = x[reading, 0].float()
-                    sums[alive[reading], at] += here
-                    if positions is not None and step:
-                        positions.add(at, step - 1, here.sum(0, keepdim=True).numpy(), len(here))
-            cache.lengths = cache.lengths + 1
-            current = draw(self.head(x[:, 0]).float(), sampling, rng)
-            for i, token in zip(alive.tolist(), current.tolist(), strict=True):
-                if open_[i]:
-                    answers[i].append(token)
-            open_[alive[torch.isin(current, ends)]] = False
-            left = open_[alive]
-            if not left.any():
-                break
-            if left.float().mean() <= 0.8:  # copying the cache costs more than a few idle rows
-                alive, current = alive[left], current[left]
-                cache.select(torch.nonzero(left)[:, 0])
-        return answers, sums / counts.clamp(min=1)

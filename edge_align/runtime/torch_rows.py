@@ -44,20 +44,23 @@ def draw(logits: torch.Tensor, sampling: SamplingConfig, rng: torch.Generator) -
 class KVCache:
     """Keys and values of a batch, rows of different length; one slot is written per row and step."""
 
-    def __init__(self, size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, size: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         """size: (n_layer, batch, n_head_kv, length, d_head)."""
         _, batch, *_ = size
-        self.keys = torch.zeros(size, dtype=dtype)
-        self.values = torch.zeros(size, dtype=dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.long)
+        self.keys = torch.zeros(size, dtype=dtype, device=device)
+        self.values = torch.zeros(size, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.longest = 0  # of `lengths`, or more: asking the device for it at every block would wait for it
 
     def append(self, il: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k, v (B, n_head_kv, T, d_head) after what each row holds; returns everything up to the longest."""
         if k.shape[2] == 1:
-            rows = torch.arange(k.shape[0])
+            rows = torch.arange(k.shape[0], device=k.device)
             self.keys[il, rows, :, self.lengths] = k[:, :, 0]
             self.values[il, rows, :, self.lengths] = v[:, :, 0]
-            span = int(self.lengths.max()) + 1
+            span = self.longest + 1
             return self.keys[il, :, :, :span], self.values[il, :, :, :span]
         self.keys[il, :, :, : k.shape[2]] = k
         self.values[il, :, :, : v.shape[2]] = v

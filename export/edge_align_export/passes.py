@@ -16,16 +16,19 @@ from edge_align.runtime.activations import ActivationReader
 from edge_align.runtime.llamacpp import LlamaCppBackend
 from edge_align.runtime.positions import PositionSums
 
-BATCH = 128  # rows sampled together in PyTorch
+BATCH = 128  # rows sampled together in PyTorch on a CPU
 
 Vectors = Sequence[SteeringVectors | None]
 
 
 class Passes(Protocol):
-    """reason: which engine, and why."""
+    """reason: which engine, and why. prompts_at_once: whose answers are sampled, and kept, together."""
 
     @property
     def reason(self) -> str: ...
+
+    @property
+    def prompts_at_once(self) -> int: ...
 
     def sample(
         self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
@@ -75,22 +78,32 @@ class TorchPasses:
         end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
         if not isinstance(end, int):
             raise BackendUnavailable(f"{base.path} does not say which token ends a text")
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        cuda = torch.cuda.is_available()
+        fast = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        where = f" on {torch.cuda.get_device_name()}" if cuda else ""
         self.reason = (
-            f"PyTorch in {'bfloat16' if fast else 'float32'}: it decodes many rows at once faster than llama.cpp"
+            f"PyTorch in {'bfloat16' if fast else 'float32'}{where}: it decodes many rows at once faster than llama.cpp"
         )
-        self._model, self._eos = LlamaReference(base.path, dtype=torch.bfloat16 if fast else torch.float32), end
+        self.prompts_at_once, self._batch = (128, 8 * BATCH) if cuda else (16, BATCH)
+        self.model, self.end = (
+            LlamaReference(
+                base.path, dtype=torch.bfloat16 if fast else torch.float32, device="cuda" if cuda else "cpu"
+            ),
+            end,
+        )
 
     def sample(
         self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
     ) -> list[list[int]]:
         """As `Passes.sample`."""
+        from edge_align.runtime.torch_sample import sample
+
         steering = None
         if vectors is not None and any(v is not None for v in vectors):
-            shape = (self._model.shape.n_layer, self._model.shape.d_model)
+            shape = (self.model.shape.n_layer, self.model.shape.d_model)
             steering = np.stack([np.zeros(shape, np.float32) if v is None else v.array for v in vectors])
-        made = self._model.sample(prompts, sampling=sampling, eos=[self._eos], vectors=steering, batch=BATCH)
-        return [[token for token in tokens if token != self._eos] for tokens in made]
+        made = sample(self.model, prompts, sampling=sampling, eos=[self.end], vectors=steering, batch=self._batch)
+        return [[token for token in tokens if token != self.end] for tokens in made]
 
     def sample_and_read(
         self,
@@ -101,10 +114,18 @@ class TorchPasses:
         positions: PositionSums | None = None,
     ) -> tuple[list[list[int]], np.ndarray]:
         """As `Passes.sample_and_read`: the activations come from the pass that samples."""
-        made, means = self._model.sample_and_read(
-            prompts, layers=layers, sampling=sampling, eos=[self._eos], batch=BATCH, positions=positions
+        from edge_align.runtime.torch_sample import sample_and_read
+
+        made, means = sample_and_read(
+            self.model,
+            prompts,
+            layers=layers,
+            sampling=sampling,
+            eos=[self.end],
+            batch=self._batch,
+            positions=positions,
         )
-        return [[token for token in tokens if token != self._eos] for tokens in made], means
+        return [[token for token in tokens if token != self.end] for tokens in made], means
 
     def mean_hidden(
         self,
@@ -115,7 +136,7 @@ class TorchPasses:
         positions: PositionSums | None = None,
     ) -> np.ndarray:
         """As `Passes.mean_hidden`."""
-        return self._model.mean_hidden(sequences, spans, layers, positions=positions)
+        return self.model.mean_hidden(sequences, spans, layers, positions=positions)
 
     def close(self) -> None: ...
 
@@ -124,6 +145,7 @@ class NativePasses:
     """llama.cpp: any architecture."""
 
     reason = "llama.cpp: PyTorch does not compute this architecture here"
+    prompts_at_once = 16
 
     def __init__(self, base: BaseModel, backend: LlamaCppBackend, *, runtime: RuntimeConfig) -> None:
         self._base, self._backend, self._runtime = base, backend, runtime

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -18,7 +18,7 @@ from edge_align.runtime.positions import centred, PositionSums
 from edge_align.simulation.foreign import foreign_pairs
 from edge_align_export.passes import Passes
 
-CHUNK = 16  # prompts sampled, and kept, at a time
+ROWS = 64  # answers read, and kept, at a time
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class Answers:
         return len(self.completions)
 
 
+@dataclass(frozen=True)
+class States:
+    """Mean hidden states of each answer, with its prompt in front: (n, len(layers), d_model) float32.
+
+    plain as they are; centred less what the mean answer has at the positions it covers (`runtime.positions`).
+    """
+
+    plain: np.ndarray
+    centred: np.ndarray
+
+
 def sample_answers(
     passes: Passes,
     backend: LlamaCppBackend,
@@ -45,43 +56,29 @@ def sample_answers(
     d_model: int,
     work: Path,
     tell: Callable[[float], None],
-) -> tuple[Answers, np.ndarray]:
-    """Sample from the base; chunks already in `work` are taken from there, so a stopped run goes on.
-
-    Also (n, len(layers), d_model) float32: the mean hidden states over each answer, with its prompt in front, centred
-    by position.
-    """
+) -> tuple[Answers, States]:
+    """Sample from the base, and read; chunks already in `work` are taken from there, so a stopped run goes on."""
     rows: list[tuple[list[int], list[int], int]] = []
     read: list[np.ndarray] = []
     shape = (sampling.max_tokens, len(layers), d_model)
     total = PositionSums(*shape)
-    for start in range(0, len(questions), CHUNK):
-        chunk = questions[start : start + CHUNK]
+    for start in range(0, len(questions), passes.prompts_at_once):
+        chunk = questions[start : start + passes.prompts_at_once]
         rendered = [backend.render(user_prompt(question)) for question in chunk]
         path = work / f"answers-{start:05d}.json"
-        n = len(chunk) * per_prompt
-        kept = _read(path, n=n)
-        states = kept_arrays(path.with_suffix(".npz"), means=(n, *shape[1:]), sums=shape, counts=shape[:1])
+        kept = kept_tokens(path, n=len(chunk) * per_prompt)
+        states = None if kept is None else kept_states(path, n=len(kept), total=total)
         if kept is None or states is None:
-            seeded = SamplingConfig(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=sampling.seed + start * per_prompt,
-            )
+            seeded = replace(sampling, seed=sampling.seed + start * per_prompt)
             repeated = [prompt for prompt in rendered for _ in range(per_prompt)]
             here = PositionSums(*shape)
-            kept, means = passes.sample_and_read(repeated, sampling=seeded, layers=layers, positions=here)
-            states = {"means": means, "sums": here.sums, "counts": here.counts}
-            keep_arrays(path.with_suffix(".npz"), **states)
+            kept, states = passes.sample_and_read(repeated, sampling=seeded, layers=layers, positions=here)
+            keep_states(path, states, here, total=total)
             write_atomic(path, json.dumps(kept).encode())
-        total.sums += states["sums"]
-        total.counts += states["counts"]
         for i, tokens in enumerate(kept):
             if len(tokens) > 2:
                 rows.append((rendered[i // per_prompt], tokens, start + i // per_prompt))
-                read.append(states["means"][i])
+                read.append(states[i])
         tell((start + len(chunk)) / len(questions))
     answers = Answers(
         questions=list(questions),
@@ -89,8 +86,42 @@ def sample_answers(
         completions=[row[1] for row in rows],
         groups=np.array([row[2] for row in rows]),
     )
-    lengths = np.array([len(tokens) for tokens in answers.completions])
-    return answers, centred(np.stack(read), lengths, total.sums, total.counts)
+    return answers, _states(np.stack(read), answers, total)
+
+
+def read_answers(
+    passes: Passes,
+    answers: Answers,
+    *,
+    layers: Sequence[int],
+    d_model: int,
+    work: Path,
+    tell: Callable[[float], None],
+) -> States:
+    """What `sample_answers` reads while it samples, of answers that are there already."""
+    parts = []
+    total = PositionSums(max(map(len, answers.completions)), len(layers), d_model)
+    for start in range(0, len(answers), ROWS):
+        path = work / f"deep-{start:06d}.json"
+        chunk = slice(start, start + ROWS)
+        pairs = list(zip(answers.prompts[chunk], answers.completions[chunk], strict=True))
+        states = kept_states(path, n=len(pairs), total=total)
+        if states is None:
+            here = PositionSums(*total.sums.shape)
+            states = passes.mean_hidden(
+                [[*prompt, *answer] for prompt, answer in pairs],
+                [(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs],
+                list(layers),
+                positions=here,
+            )
+            keep_states(path, states, here, total=total)
+        parts.append(states)
+        tell((start + len(pairs)) / len(answers))
+    return _states(np.concatenate(parts), answers, total)
+
+
+def _states(means: np.ndarray, answers: Answers, total: PositionSums) -> States:
+    return States(means, centred(means, np.array([len(tokens) for tokens in answers.completions]), total))
 
 
 def committed_answers(backend: LlamaCppBackend, *, prompts: int, max_tokens: int) -> Answers:
@@ -114,7 +145,23 @@ def committed_answers(backend: LlamaCppBackend, *, prompts: int, max_tokens: int
     )
 
 
-def _read(path: Path, *, n: int) -> list[list[int]] | None:
+def kept_states(path: Path, *, n: int, total: PositionSums) -> np.ndarray | None:
+    """What `keep_states` kept beside `path`: mean states of n answers; their sums are added to `total`."""
+    shape = total.sums.shape
+    kept = kept_arrays(path.with_suffix(".npz"), means=(n, *shape[1:]), sums=shape, counts=shape[:1])
+    if kept is None:
+        return None
+    total.merge(kept["sums"], kept["counts"])
+    return kept["means"]
+
+
+def keep_states(path: Path, means: np.ndarray, positions: PositionSums, *, total: PositionSums) -> None:
+    """Keep mean states and their sums by position beside `path`, and add the sums to `total`."""
+    keep_arrays(path.with_suffix(".npz"), means=means, sums=positions.sums, counts=positions.counts)
+    total.merge(positions.sums, positions.counts)
+
+
+def kept_tokens(path: Path, *, n: int) -> list[list[int]] | None:
     """A kept chunk, or None when there is none or it is not whole."""
     try:
         kept = json.loads(path.read_bytes())

@@ -9,7 +9,8 @@ from edge_align.bases import find_base
 from edge_align.errors import InputError
 from edge_align.home import Home
 from edge_align.pack import load_pack, MANIFEST
-from edge_align_export.pack import build_pack, LinearConfig, steered_layers
+from edge_align_export.linear import LinearConfig
+from edge_align_export.pack import build_pack, steered_layers
 
 STAGES = ["sample", "solve", "metric", "KL curve", "closed loop"]
 

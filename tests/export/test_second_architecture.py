@@ -15,7 +15,8 @@ from edge_align.personalize import evaluate, personalize, Source
 from edge_align.records import user_prompt
 from edge_align.registry import find_pack
 from edge_align.runtime.activations import ActivationReader
-from edge_align_export.pack import build_pack, LinearConfig
+from edge_align_export.linear import LinearConfig
+from edge_align_export.pack import build_pack
 from scripts.tiny_models import LAYERS, WIDTH, write_gguf
 
 ONE = RuntimeConfig(n_threads=1, n_ctx=256)

@@ -13,7 +13,7 @@ def test_by_hand():
     sums.add(0, 0, np.array([[1.0], [3.0]]))
     sums.add(0, 0, np.array([[5.0], [7.0]]))
     assert sums.counts.tolist() == [2, 2, 0, 0] and sums.sums[:, 0, 0].tolist() == [6, 10, 0, 0]
-    found = centred(np.array([[[2.0]], [[6.0]]]), np.array([2, 2]), sums.sums, sums.counts)
+    found = centred(np.array([[[2.0]], [[6.0]]]), np.array([2, 2]), sums)
     assert found.dtype == np.float32 and found[:, 0, 0].tolist() == [-2.0, 2.0]
 
 
@@ -26,6 +26,6 @@ def test_states_that_depend_on_position_alone_vanish_whatever_the_length():
         for layer in (0, 1):
             sums.add(layer, 0, states[:n, layer])
     means = np.stack([states[:n].mean(0) for n in lengths])
-    np.testing.assert_allclose(centred(means, lengths, sums.sums, sums.counts), 0, atol=1e-6)
+    np.testing.assert_allclose(centred(means, lengths, sums), 0, atol=1e-6)
     longer = lengths + np.array([0, 1, 0, 0])  # a token that was drawn and never passed through
-    assert np.isfinite(centred(means, longer, sums.sums, sums.counts)).all()
+    assert np.isfinite(centred(means, longer, sums)).all()

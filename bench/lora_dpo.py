@@ -1,0 +1,245 @@
+"""LoRA-DPO on the base, with transformers and peft: the model, its training on pairs, merging what it learnt.
+
+It is given every advantage that costs no quality: the faster of bfloat16 and float32, reference log-probabilities
+computed once, and logits for answer tokens only. Adapters are float32 whatever the base is, as peft makes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Bench, progress, timed
+
+from edge_align.errors import BackendUnavailable, EdgeAlignError
+from edge_align.records import PreferencePair
+from edge_align.runtime.torch_ref import LlamaReference
+
+NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+NAMES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+GGUF = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOLERANCE = 2e-2  # of float32 logits between the two PyTorch models
+
+Rows = list[tuple[list[int], list[int]]]  # (prompt, answer) token ids
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Settings of a training; rank r on every linear map of the blocks."""
+
+    rank: int = 16
+    alpha: int = 32
+    learning_rate: float = 3e-4
+    beta: float = 0.1
+    epochs: int = 2
+    batch: int = 4  # pairs
+
+
+@contextmanager
+def merged(model: LlamaReference, deltas: dict[str, torch.Tensor]) -> Iterator[LlamaReference]:
+    """The reference with the LoRA's weight changes, which are in transformers' layout, added to its stacked weights."""
+    untouched = [copy.copy(block) for block in model.blocks]
+    merge(model, deltas)
+    try:
+        yield model
+    finally:
+        model.blocks = untouched
+
+
+def merge(model: LlamaReference, deltas: dict[str, torch.Tensor]) -> None:
+    """Add the changes for good."""
+    s = model.shape
+    for il, block in enumerate(model.blocks):
+        d = {name: deltas[f"{il}.{name}"].to(model.device) for name in NAMES}
+        q, k, v, out, gate, up, down = (d[name] for name in NAMES)
+        change = torch.cat([interleave(q, s.n_head), interleave(k, s.n_head_kv), v])
+        block.qkv = (block.qkv.float() + change).to(model.dtype)
+        block.out = (block.out.float() + out).to(model.dtype)
+        block.gate_up = (block.gate_up.float() + torch.cat([gate, up])).to(model.dtype)
+        block.down = (block.down.float() + down).to(model.dtype)
+
+
+def interleave(w: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a q or k projection from transformers' half-split rotary layout to the GGUF's interleaved one."""
+    return w.view(heads, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def split_halves(w: torch.Tensor, heads: int) -> torch.Tensor:
+    """The reverse of `interleave`."""
+    return w.view(heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+# -- the transformers model ----------------------------------------------------------------------------------------
+def build_hf(bench: Bench) -> Any:
+    """transformers' Llama with the GGUF's dequantised weights, float32; checked against our reference's logits."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise BackendUnavailable("this bench needs the extra: pip install 'edge-align[bench]'") from None
+    reference = LlamaReference(bench.base.path)
+    s, read = reference.shape, reference.tensors.read
+    tied = "output.weight" not in reference.tensors.header.tensors
+    config = LlamaConfig(
+        vocab_size=s.n_vocab,
+        hidden_size=s.d_model,
+        intermediate_size=reference.blocks[0].down.shape[1],
+        num_hidden_layers=s.n_layer,
+        num_attention_heads=s.n_head,
+        num_key_value_heads=s.n_head_kv,
+        rms_norm_eps=s.rms_eps,
+        rope_theta=s.rope_base,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tied,
+    )
+    state = {"model.embed_tokens.weight": read("token_embd.weight"), "model.norm.weight": read("output_norm.weight")}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] if tied else read("output.weight")
+    for il in range(s.n_layer):
+        ours, theirs = f"blk.{il}.", f"model.layers.{il}."
+        for name, gguf in zip(NAMES, GGUF, strict=True):
+            weight = torch.from_numpy(read(f"{ours}{gguf}.weight"))
+            if gguf in ("attn_q", "attn_k"):
+                weight = split_halves(weight, s.n_head if gguf == "attn_q" else s.n_head_kv)
+            state[f"{theirs}{name}.weight"] = weight
+        state[f"{theirs}input_layernorm.weight"] = read(ours + "attn_norm.weight")
+        state[f"{theirs}post_attention_layernorm.weight"] = read(ours + "ffn_norm.weight")
+    model = LlamaForCausalLM(config)
+    model.load_state_dict({k: v if torch.is_tensor(v) else torch.from_numpy(v) for k, v in state.items()})
+    tokens = bench.backend.tokenize("The bread was still warm when the baker opened the door of the shop.")
+    with torch.inference_mode():
+        theirs_logits = model(torch.tensor([tokens])).logits[0].numpy()
+    error = float(np.abs(theirs_logits[:-1] - reference.score(tokens[:1], tokens[1:])).max())
+    if not error < TOLERANCE:
+        raise EdgeAlignError(f"the transformers model is not the base: logits differ by {error:.3g}")
+    return model
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+def tokenized(bench: Bench, pairs: Sequence[PreferencePair]) -> list[Rows]:
+    """Chosen and rejected answer of each pair, with the end of text."""
+    rows: list[Rows] = []
+    for pair in pairs:
+        prompt = bench.backend.render(pair.prompt)
+        rows.append([(prompt, [*bench.backend.tokenize(text), bench.eos]) for text in (pair.chosen, pair.rejected)])
+    return rows
+
+
+def train(
+    base: Any, rows: Sequence[Rows], settings: LoRA, *, dtype: str, seed: int, steps: int = 0
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(seconds and losses, weight changes by "layer.module") on the device `base` is on; `base` is left as it is.
+
+    steps: stop after so many, and extrapolate the seconds.
+    """
+    torch.manual_seed(seed)
+    model = with_lora(copy.deepcopy(base).to(DTYPES[dtype]), settings)
+    inner = model.get_base_model()
+    device = next(model.parameters()).device
+
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(rows)) for _ in range(settings.epochs)]
+    plan = [order[i : i + settings.batch] for order in orders for i in range(0, len(rows), settings.batch)]
+    total, plan = len(plan), plan[: steps or None]
+    used = sorted({int(i) for part in plan for i in part})
+
+    start = time.perf_counter()
+    reference = torch.zeros(len(rows), 2, device=device)
+    with torch.no_grad(), model.disable_adapter():
+        for i in range(0, len(used), settings.batch):
+            part = used[i : i + settings.batch]
+            reference[part] = log_probs(inner, [rows[j] for j in part])
+    reference_sec = waited(device) - start
+
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
+    start, losses = time.perf_counter(), []
+    with progress("LoRA-DPO", len(plan)) as tell:
+        for step, part in enumerate(plan):
+            losses.append(dpo_step(inner, [rows[j] for j in part], reference[part], beta=settings.beta))
+            optimiser.step()
+            optimiser.zero_grad()
+            tell(step + 1)
+    steps_sec = waited(device) - start
+
+    deltas = {
+        f"{il}.{name}": layer.get_submodule(name).get_delta_weight("default").detach().float().cpu()
+        for il, layer in enumerate(inner.model.layers)
+        for name in NAMES
+    }
+    return {
+        "seconds": reference_sec * len(rows) / len(used) + steps_sec * total / len(plan),
+        "extrapolated": len(plan) < total,
+        "measured_sec": reference_sec + steps_sec,
+        "steps": len(plan),
+        "steps_of_all": total,
+        "dtype": dtype,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "first_loss": losses[0],
+        "last_loss": float(np.mean(losses[-5:])),
+        "stored_bytes": sum(p.numel() * 2 for p in model.parameters() if p.requires_grad),  # in 16 bits
+    }, deltas
+
+
+def waited(device: torch.device) -> float:
+    """The time, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def with_lora(base: Any, settings: LoRA) -> Any:
+    """A LoRA on every linear map of the blocks."""
+    from peft import get_peft_model, LoraConfig
+
+    targets = [name.split(".")[1] for name in NAMES]
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=targets)
+    return get_peft_model(base, config)
+
+
+def fastest_dtype(
+    base: Any, rows: Sequence[Rows], settings: LoRA, allowed: str = "auto"
+) -> tuple[str, dict[str, float]]:
+    """The faster dtype here, and the seconds of one training step in each that was tried, after a warm-up."""
+    tried = {}
+    for name in DTYPES:
+        if allowed in ("auto", name):
+            inner = with_lora(copy.deepcopy(base).to(DTYPES[name]), settings).get_base_model()
+            part = list(rows[: settings.batch])
+            reference = torch.zeros(len(part), 2, device=next(inner.parameters()).device)
+            dpo_step(inner, part, reference, beta=settings.beta)
+            tried[name], _ = timed(lambda: dpo_step(inner, part, reference, beta=settings.beta))  # noqa: B023
+    return min(tried, key=lambda name: tried[name]), tried
+
+
+def dpo_step(inner: Any, rows: list[Rows], reference: torch.Tensor, *, beta: float) -> float:
+    """Forward and backward of one batch; returns the loss (Rafailov et al. 2023, eq. 7)."""
+    ratio = log_probs(inner, rows) - reference
+    loss = -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1])).mean()
+    loss.backward()
+    return float(loss.detach())
+
+
+def log_probs(inner: Any, rows: list[Rows]) -> torch.Tensor:
+    """Log-probability of the chosen and the rejected answer of each pair, (len(rows), 2) float32.
+
+    Rows are padded on the right, where causal attention never looks; only answer positions reach the output layer.
+    """
+    flat = [row for pair in rows for row in pair]
+    width = max(len(prompt) + len(answer) for prompt, answer in flat) - 1
+    tokens = torch.zeros(len(flat), width, dtype=torch.long)
+    target = torch.full((len(flat), width), -1)
+    for i, (prompt, answer) in enumerate(flat):
+        tokens[i, : len(prompt) + len(answer) - 1] = torch.tensor([*prompt, *answer[:-1]])
+        target[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] = torch.tensor(answer)
+    device = inner.lm_head.weight.device
+    tokens, target = tokens.to(device), target.to(device)
+    asked = target >= 0
+    hidden = inner.model(tokens, use_cache=False).last_hidden_state[asked]
+    nll = F.cross_entropy(inner.lm_head(hidden).float(), target[asked], reduction="none")
+    return -torch.zeros(len(flat), device=device).index_add(0, asked.nonzero()[:, 0], nll).view(-1, 2)
