@@ -12,7 +12,7 @@ from edge_align.pack import load_pack, MANIFEST
 from edge_align_export.linear import LinearConfig
 from edge_align_export.pack import build_pack, steered_layers
 
-STAGES = ["sample", "solve", "metric", "KL curve", "closed loop"]
+STAGES = ["sample", "solve", "metric", "KL curve", "health", "closed loop"]
 
 
 @pytest.fixture
