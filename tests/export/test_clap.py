@@ -12,14 +12,19 @@ import pytest
 import torch
 from reference import naive_llama as naive
 
+from edge_align.config import RuntimeConfig
+from edge_align.errors import BackendUnavailable, InputError
+from edge_align.home import Home
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap import ClapConfig, Corpus, health_of, start, train
 from edge_align_export.clap_loss import aggregated_kl, FrozenDecoder, make_batch, mutual_information
 from edge_align_export.curves import save_curves, smooth
 from edge_align_export.linear import LinearPack, solve, within
+from edge_align_export.pack import build_pack
 from edge_align_export.texts import Answers
 from scripts.tiny_models import write_gguf
 
+ONE = RuntimeConfig(n_threads=1, n_ctx=256)
 LAYERS, PROMPTS, EACH, K, N_FEATURE = range(1, 3), 10, 4, 3, 6
 
 
@@ -212,6 +217,12 @@ def test_prompts_with_too_few_answers_are_left_out(corpus):
     assert len(cut.rows(held_out=True, n=EACH)) == 1 and len(cut.rows(held_out=False, n=EACH)) == 8
 
 
+def test_too_few_answers_to_train_on_are_an_error_that_says_how_many(model, corpus, linear, tmp_path):
+    config = ClapConfig(steps=1, prompts=PROMPTS, answers=EACH)
+    with pytest.raises(InputError, match="8 prompts have 4 answers to train on; a step needs 10"):
+        train(model, corpus, linear, LAYERS, config, work=tmp_path, workers=alone(), tell=lambda done: None)
+
+
 # -- what is written -----------------------------------------------------------------------------------------------
 def test_the_curves_are_smooth_means_of_the_past_and_the_picture_is_one(tmp_path):
     np.testing.assert_allclose(smooth(np.array([1.0, 3.0, 5.0, 7.0]), share=0.5), [1, 2, 4, 6])
@@ -233,6 +244,12 @@ def test_two_processes_train_one_pack(tmp_path):
     manifest = json.loads((tmp_path / "pack" / "manifest.json").read_text())
     assert report["pack"] == str(tmp_path / "pack") and manifest["recipe"] == "clap-fast"
     assert len(json.loads((tmp_path / "pack" / "training.json").read_text())["history"]) == 3
+
+
+def test_a_base_that_pytorch_does_not_compute_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "qwen.gguf", "qwen2")
+    with pytest.raises(BackendUnavailable, match="use linear"):
+        build_pack(home=Home(tmp_path / "home"), model=str(path), recipe="clap", fast=True, runtime=ONE)
 
 
 def test_groups_are_centred_as_the_linear_recipe_centres_them(corpus, linear):
