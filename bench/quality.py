@@ -45,7 +45,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.prompts, args.max_tokens, args.kl_prompts, args.kl_tokens = 2, 12, 1, 6
     questions, answers = train_answers(bench)
-    unseen = list(prompts("test")[: args.prompts])
+    unseen = list(prompts("test")[args.skip :][: args.prompts])
     second = other_judges()
     measure = kl_meter(bench, unseen)
     rows = []
@@ -204,6 +204,7 @@ if __name__ == "__main__":
     p.add_argument("--sizes", default="100,20", help="pairs learnt from")
     p.add_argument("--flip", type=float, default=0.0, help="share of the verdicts that are the wrong way round")
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
+    p.add_argument("--skip", type=int, default=0, help="leave out so many test prompts, which earlier runs have seen")
     p.add_argument("--max-tokens", type=int, default=96)
     p.add_argument("--kl-budget", type=float, default=PersonalizeConfig().kl_budget)
     p.add_argument("--kl-prompts", type=int, default=16, help="base answers on which KL is measured")
