@@ -96,12 +96,24 @@ def source(result: Result) -> str:
 
 
 # -- sections ------------------------------------------------------------------------------------------------------
-def quality_of(results: Results, pairs: int, *, flip: float = 0.0) -> tuple[Result, list[Result]]:
-    """The newest quality result at this number of pairs and share of wrong verdicts, and its rows."""
-    result = results.newest(
-        "quality",
-        where=lambda r: r["options"].get("flip", 0.0) == flip and any(row["pairs"] == pairs for row in r["users"]),
-    )
+def quality_of(
+    results: Results, pairs: int, *, flip: float = 0.0, fresh: bool = False, pack: str | None = None
+) -> tuple[Result, list[Result]]:
+    """The newest quality result at this number of pairs and share of wrong verdicts, and its rows.
+
+    fresh: on prompts that earlier runs have not seen. pack: hash of the pack it was made with, any unless given.
+    """
+
+    def asked(result: Result) -> bool:
+        options = result["options"]
+        return (
+            options.get("flip", 0.0) == flip
+            and bool(options.get("skip")) == fresh
+            and pack in (None, result["pack_hash"])
+            and any(row["pairs"] == pairs for row in result["users"])
+        )
+
+    result = results.newest("quality", where=asked)
     return result, [row for row in result["users"] if row["pairs"] == pairs]
 
 
@@ -132,14 +144,32 @@ def quality(results: Results) -> str:
         head = ["user", "win rate", "by a second judge", "NLL", "distinct-2", "tokens (base)", "gate p"]
         head.append("predicted / measured KL at strength " + ", ".join(str(kl["strength"]) for kl in rows[0]["kl"]))
         parts.append(f"**{size} pairs, {result['prompts']} unseen prompts**\n\n{table(head, body)}\n\n{source(result)}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, fresh_prompts(results)])
+
+
+def fresh_prompts(results: Results) -> str:
+    """The figures on prompts that no earlier run had seen, in a sentence for each number of pairs."""
+    said = []
+    for size in SIZES:
+        try:
+            result, rows = quality_of(results, size, fresh=True)
+        except LookupError:
+            continue
+        rates = [row["win_rate"] for row in rows]
+        said.append(
+            f"On {result['prompts']} more prompts, which no run before had seen, with {size} pairs{earlier(result)}: "
+            f"win rate {percent(mean(rates), 1)} (lowest {percent(min(rates))}), NLL "
+            f"{mean(row['nll_ratio'] for row in rows):.2f} x, distinct-2 "
+            f"{mean(row['distinct2_ratio'] for row in rows):.2f} x.\n\n{source(result)}"
+        )
+    return "\n\n".join(said)
 
 
 def flipped(results: Results) -> str:
     """What is left of the gain over one half when verdicts are wrong."""
     size = SIZES[0]
-    clean = {row["user"]: row for row in quality_of(results, size)[1]}
     result, rows = quality_of(results, size, flip=FLIP)
+    clean = {row["user"]: row for row in quality_of(results, size, pack=result["pack_hash"])[1]}
     pairs = [(clean[row["user"]], row) for row in rows]
     left = mean(row["win_rate"] - 0.5 for _, row in pairs) / mean(one["win_rate"] - 0.5 for one, _ in pairs)
     body = [
