@@ -41,7 +41,7 @@ def command() -> None:
 )
 @click.option("--prompts", type=int, help="Prompts to sample answers to; more make a better pack.  [default: 304]")
 @click.option("--answers", type=int, help="Answers to each prompt.  [default: 8]")
-@click.option("--steps", type=int, help="clap: training steps.  [default: 200]")
+@click.option("--steps", type=int, help="clap: training steps.  [default: 60]")
 @click.option("--batch", type=int, help="clap: prompts in a step, with 8 answers each.  [default: 2]")
 @runtime_options
 @json_option

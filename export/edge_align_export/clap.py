@@ -35,7 +35,7 @@ ACTIVE = 0.03  # of its prior variance: a latent whose posterior means vary more
 class ClapConfig:
     """Sizes are per process. Chosen on validation people (docs/decisions/0011)."""
 
-    steps: int = 200
+    steps: int = 60  # half an hour of two cores
     prompts: int = 2  # per step
     answers: int = 8  # to each of them
     decoder_lr: float = 3e-3
