@@ -245,12 +245,13 @@ def lora(results: Results) -> str:
     tuned = ", ".join(
         f"{row['learning_rate']:g}: {percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in result["tuning"]
     )
+    device = ", ".join(sorted({row["trained_on"] for row in result["rows"] if row["arm"] != OURS}))
     said = (
         f"Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine. The LoRA "
         f"(r{settings['rank']} on every linear map, beta {settings['beta']}, {settings['epochs']} epochs) has the "
         "learning rate that did best on four validation people among those within 1.25 x the base's NLL "
-        f"({tuned}): {settings['learning_rate']:g}. It has no KL budget; ours has one. Its training ran on "
-        f"{', '.join(sorted({row['trained_on'] for row in result['rows'] if row['arm'] != OURS}))}, all else where it says."
+        f"({tuned}): {settings['learning_rate']:g}. It has no KL budget; ours has one. It was trained on "
+        f"{device}, and all answers come from the machine named below or from that one, in bfloat16."
     )
     gains = ", ".join(
         f"{100 * found['mean']:+.1f} points ({100 * found['ci'][0]:.1f} to {100 * found['ci'][1]:.1f}) "
