@@ -133,6 +133,6 @@ def test_inputs_of_the_head_are_white_over_prompts(planted, pack):
 def test_fewer_prompts_than_head_inputs_leave_the_other_inputs_zero():
     """Four centred prompts span three directions; the whitened inputs have unit variance, the rest say nothing."""
     x = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
-    projection = _project(x, 6, 11)
+    projection = _project(x, 6)
     inputs = np.concatenate([x, np.ones((4, 1), np.float32)], 1) @ projection
     assert np.abs(inputs.T @ inputs / 4 - np.diag([1, 1, 1, 0, 0, 0])).max() < 1e-4
