@@ -395,6 +395,12 @@ def reference_model(bench: Bench) -> Any:
     return LlamaReference(bench.base.path, dtype=torch.bfloat16 if fast else torch.float32, device=device)
 
 
+def steering_rows(bench: Bench, encoder: PreferenceEncoder | None, questions: Sequence[str]) -> np.ndarray:
+    """`steering` as one array (n, n_layer, d_model), zeros where nothing is added."""
+    zero = np.zeros((bench.pack.n_layer, bench.pack.d_model), np.float32)
+    return np.stack([zero if v is None else v.array for v in steering(bench, encoder, questions)])
+
+
 def nll_under_base(bench: Bench, questions: Sequence[str], answers: Sequence[Answer]) -> float:
     """Mean negative log-likelihood under the unsteered base, nats per token over all tokens of all answers."""
     kept = bench.keep("nll", list(questions), [answer.tokens for answer in answers])

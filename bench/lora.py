@@ -28,7 +28,7 @@ from common import (
     parser,
     sample_rows,
     SEED,
-    steering,
+    steering_rows,
     timed,
     train_answers,
     users_pairs,
@@ -153,9 +153,7 @@ def compare(trainer: Trainer, who: User, settings: LoRA, unseen: Sequence[str], 
     arms = [("LoRA-DPO", theirs, cost["seconds"], cost["stored_bytes"], cost["device"])]
     if not bench.args.lora_only:
         seconds, profile = timed(lambda: learn_profile(bench, trainer.pairs(who, size)))
-        zero = np.zeros((bench.pack.n_layer, bench.pack.d_model), np.float32)
-        steered = steering(bench, profile.encoder, unseen)
-        vectors = np.stack([zero if v is None else v.array for v in steered])
+        vectors = steering_rows(bench, profile.encoder, unseen)
         stored = sum(array.nbytes for array in profile.encoder.to_tensors().values())
         arms.append(("edge-align", trainer.personal(unseen, cap, vectors), seconds, stored, "cpu"))
     rows = []

@@ -25,7 +25,7 @@ from common import (
     sample_rows,
     SEED,
     source_digest,
-    steering,
+    steering_rows,
     train_answers,
     users_pairs,
 )
@@ -100,8 +100,6 @@ def compare(
         own = texts(profile.encoder, who.name)
         random = [texts(constant(z), f"{who.name}: direction {i}") for i, z in enumerate(latents)]
     else:
-        n_layer, d_model = bench.pack.n_layer, bench.pack.d_model
-        zero = np.zeros((n_layer, d_model), np.float32)
 
         def rows(vectors: np.ndarray | None, label: str, times: int = 1) -> list[str]:
             named = digest(b"" if vectors is None else vectors)
@@ -119,8 +117,7 @@ def compare(
             return [answer.text for answer in made]
 
         base = rows(None, "base")
-        of_profile = steering(bench, profile.encoder, unseen)
-        own = rows(np.stack([zero if v is None else v.array for v in of_profile]), "profile")
+        own = rows(steering_rows(bench, profile.encoder, unseen), "profile")
         drawn = np.stack([bench.pack.decode(z).array for z in latents]).repeat(n, axis=0)
         every = rows(drawn, "directions", len(latents))
         random = [every[i : i + n] for i in range(0, len(every), n)]

@@ -28,7 +28,7 @@ from common import (
     sample_rows,
     SEED,
     short_pairs,
-    steering,
+    steering_rows,
     timed,
 )
 from lora_dpo import build_hf, fastest_dtype, LoRA, merge, tokenized, train
@@ -80,9 +80,7 @@ def compare(bench: Bench, encoder: Any, deltas: dict[str, torch.Tensor]) -> dict
         return [answer.text for answer in made]
 
     base = texts("base", None)
-    steered = steering(bench, encoder, unseen)
-    zero = np.zeros((bench.pack.n_layer, bench.pack.d_model), np.float32)
-    arrays = np.stack([zero if v is None else v.array for v in steered])
+    arrays = steering_rows(bench, encoder, unseen)
     ours = texts("ours", arrays, digest(arrays))
     merge(model, deltas)
     theirs = texts("lora", None, digest(*[d.numpy() for d in deltas.values()]))

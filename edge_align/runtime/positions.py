@@ -15,12 +15,12 @@ class PositionSums:
         self.sums = np.zeros((room, n_layers, d_model))
         self.counts = np.zeros(room, np.int64)
 
-    def add(self, layer: int, first: int, states: np.ndarray, answers: int = 1) -> None:
-        """Add states (T, d_model) of the `layer`-th layer kept, at positions `first` on; each the sum of `answers`."""
+    def add(self, layer: int, first: int, states: np.ndarray) -> None:
+        """Add states (T, d_model) of the `layer`-th layer kept, of one answer, at positions `first` on."""
         at = slice(first, first + len(states))
         self.sums[at, layer] += states
         if layer == 0:
-            self.counts[at] += answers
+            self.counts[at] += 1
 
     def merge(self, sums: np.ndarray, counts: np.ndarray) -> None:
         """Add what another one holds; it may have less room."""

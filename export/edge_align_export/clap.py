@@ -205,20 +205,19 @@ def health_of(
         return {}
     clap = start(pack, corpus.features, layers, share=1.0).to(model.device)
     batches = [corpus.batch(rows[:n], n=n, device=model.device) for rows in groups]
+    frozen = [FrozenDecoder(model, batch, layers) for batch in batches]
+    found = torch.cat([clap.mean(batch.features, n) for batch in batches])  # (prompts, n, k)
 
-    def nll(batch: Batch, share: float | None, swap: int = 0) -> float:
-        """Summed over the batch; share: of the decoder; swap: whose latents, by places in the prompt's answers."""
-        mean = clap.mean(batch.features, n).roll(swap, 1)
-        given = None if share is None else share * clap.vectors(mean)
-        return float(FrozenDecoder(model, batch, layers).nll(given).sum())
+    def nll(i: int, share: float, swap: int = 0) -> float:
+        """Summed over a prompt's answers; share: of the decoder; swap: whose latents, by places among the answers."""
+        return float(frozen[i].nll(share * clap.vectors(found[i : i + 1].roll(swap, 1))).sum())
 
-    share = min(SHARES, key=lambda share: sum(nll(batch, share) for batch in batches[:4]))
+    share = min(SHARES, key=lambda share: sum(nll(i, share) for i in range(len(batches))[:4]))
     sums, tokens = np.zeros(3), 0
-    for done, batch in enumerate(batches):
-        sums += [nll(batch, None), nll(batch, share), nll(batch, share, 1)]
-        tokens += int((batch.length - batch.first).sum())
-        tell((done + 1) / len(batches))
-    found = torch.cat([clap.mean(batch.features, n) for batch in batches])
+    for i, answers in enumerate(frozen):
+        sums += [float(answers.nll(None).sum()), nll(i, share), nll(i, share, 1)]
+        tokens += int(answers.n_tokens.sum())
+        tell((i + 1) / len(frozen))
     none, own, swapped = (round(float(nll), 4) for nll in sums / tokens)
     active = (found.square().mean((0, 1)) > ACTIVE * clap.prior_variance).float().mean()
     rng = torch.Generator(model.device).manual_seed(0)

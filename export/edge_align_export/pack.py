@@ -91,20 +91,15 @@ def build_pack(
             answers, states = _collect(base, backend, passes, config, fast=fast, work=work, stage=stage)
         material = _describe(base, backend, answers)
         pack = _solve(base, material, states, config, tell=stage("solve"))
-        history: list[dict[str, float]] = []
-        if clap is not None and isinstance(passes, TorchPasses):
+        layers, history = steered_layers(base, config), []
+        if isinstance(passes, TorchPasses):
             corpus = Corpus(answers, material.features, config.max_tokens, passes.end)
-            trained = train(
-                passes.model,
-                corpus,
-                pack,
-                steered_layers(base, config),
-                clap,
-                work=make_private_dir(work / f"clap-{_settings_id(clap, config)}"),
-                workers=workers,
-                tell=stage("train"),
-            )
-            pack, history = material.retrained(pack, trained), trained.history
+            if clap is not None:
+                kept = make_private_dir(work / f"clap-{_settings_id(clap, config)}")
+                trained = train(
+                    passes.model, corpus, pack, layers, clap, work=kept, workers=workers, tell=stage("train")
+                )
+                pack, history = material.retrained(pack, trained), trained.history
         if not main:
             return {}
         rng = np.random.default_rng(config.seed)
@@ -112,11 +107,9 @@ def build_pack(
         health = {"r2": round(pack.r2, 4), **measured.health}
         health["base_nll"] = round(sampled_nll(backend, None), 4)
         if isinstance(passes, TorchPasses):
-            corpus = Corpus(answers, material.features, config.max_tokens, passes.end)
-            health |= health_of(passes.model, corpus, pack, steered_layers(base, config), tell=stage("health"))
+            health |= health_of(passes.model, corpus, pack, layers, tell=stage("health"))
         health |= closed_loop(base, passes, answers, measured.pack, config, rng, tell=stage("closed loop"))
 
-    layers = steered_layers(base, config)
     manifest = {
         "base": base.id,
         "base_hash": base.hash,

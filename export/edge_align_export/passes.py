@@ -85,12 +85,8 @@ class TorchPasses:
             f"PyTorch in {'bfloat16' if fast else 'float32'}{where}: it decodes many rows at once faster than llama.cpp"
         )
         self.prompts_at_once, self._batch = (128, 8 * BATCH) if cuda else (16, BATCH)
-        self.model, self.end = (
-            LlamaReference(
-                base.path, dtype=torch.bfloat16 if fast else torch.float32, device="cuda" if cuda else "cpu"
-            ),
-            end,
-        )
+        dtype = torch.bfloat16 if fast else torch.float32
+        self.model, self.end = LlamaReference(base.path, dtype=dtype, device="cuda" if cuda else "cpu"), end
 
     def sample(
         self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
