@@ -134,6 +134,7 @@ edge_align_export.texts
 edge_align_export.measure
 edge_align_export.clap_loss
 edge_align_export.clap
+edge_align_export.score
 edge_align_export.curves
 edge_align_export.pack
 edge_align_export.room

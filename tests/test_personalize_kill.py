@@ -1,4 +1,4 @@
-"""personalize in processes of its own: killed at random points, and two at once."""
+"""personalize in processes of its own: killed in every stage, and two at once."""
 
 import random
 import signal
@@ -17,11 +17,11 @@ from edge_align.store import FeedbackLog
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 
-KILLS = 8
+STAGES = ("read", "read 1.0", "encode", "fit", "calibrate", "check", "save", "version")
 RUN = """
 import sys
 from pathlib import Path
-from edge_align.config import RuntimeConfig
+from edge_align.config import PersonalizeConfig, RuntimeConfig
 from edge_align.errors import EdgeAlignError
 from edge_align.home import Home
 from edge_align.personalize import personalize, Source
@@ -31,6 +31,7 @@ path = Path(sys.argv[2])
 try:
     report = personalize(
         home=Home(Path(sys.argv[1])), sources=[Source(path.name, path)], runtime=RuntimeConfig(n_threads=1, n_ctx=512),
+        config=PersonalizeConfig(nll_limit=100.0),  # checked, and never lowered: that takes long
         progress=lambda stage, done: print(stage, done, flush=True),
     )
 except EdgeAlignError as error:
@@ -48,24 +49,22 @@ def start(home: Home, feedback) -> subprocess.Popen[str]:
 
 def test_a_kill_at_any_point_leaves_the_log_complete_and_a_usable_profile(toy_home, tmp_path):
     rng, store = random.Random(4), ProfileStore(toy_home)
-    began = time.monotonic()
-    process = start(toy_home, write(tmp_path / "first.jsonl", TOPICS[:16]))
-    began = time.monotonic()
-    out, err = process.communicate(timeout=120)
-    whole = time.monotonic() - began
+    out, err = start(toy_home, write(tmp_path / "first.jsonl", TOPICS[:16])).communicate(timeout=120)
     assert out.endswith("version 1 True\n"), err
-    struck, logged = [], 16
-    for n in range(KILLS):
-        path = write(tmp_path / f"{n}.jsonl", [TOPICS[16 + n]])
-        process = start(toy_home, path)
-        time.sleep(rng.uniform(0, whole))
+    logged = 16
+    for n, stage in enumerate(STAGES):
+        process = start(toy_home, write(tmp_path / f"{n}.jsonl", [TOPICS[16 + n]]))
+        said = [""]
+        while process.stdout is not None and not said[-1].startswith(stage):
+            said.append(process.stdout.readline())
+            assert said[-1], f"it ended before {stage}: {process.communicate()[1]}"
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         out, _ = process.communicate(timeout=60)
-        struck.append(out.split()[-2] if out.split() else "start")
         assert process.returncode == -signal.SIGKILL or "version" in out
         with FeedbackLog(toy_home) as log:
             rows = list(log.rows("default"))
-        if "read 1.0" in out:  # the promise: rows are on the disk before anything is learnt
+        if "read 1.0" in "".join([*said, out]):  # the promise: rows are on the disk before anything is learnt
             assert rows[-1].chosen == verdict(TOPICS[16 + n])["chosen"]
         assert logged <= len(rows) <= logged + 1
         logged = len(rows)
@@ -73,7 +72,6 @@ def test_a_kill_at_any_point_leaves_the_log_complete_and_a_usable_profile(toy_ho
         assert usable.reason is None and store.current() == "default"
         for number in store.versions("default"):
             store.load("default", number)
-    assert len(set(struck)) > 1, struck
     report = personalize(home=toy_home, runtime=RuntimeConfig(n_threads=1, n_ctx=512))
     assert report.rows["logged"] == logged and report.state == "learnt" and report.activated
     assert store.active_version("default") == report.version

@@ -31,9 +31,10 @@ def command() -> None:
 @click.option("--model", metavar="ID|GGUF", required=True, help="The base: a known id or a GGUF file.")
 @click.option(
     "--recipe",
-    type=click.Choice(["linear", "clap"]),
+    type=click.Choice(["linear", "score", "clap"]),
     default="linear",
-    help="linear: forward passes only. clap: trained through the frozen base from there.",
+    help="linear: forward passes only. score: the decoder solved from one backward pass an answer; better, for bases "
+    "that PyTorch computes. clap: the decoder trained through the frozen base.",
 )
 @click.option("--out", metavar="DIR", help="Where to put it.  [default: the home folder, where it is found]")
 @click.option(
@@ -41,6 +42,7 @@ def command() -> None:
 )
 @click.option("--prompts", type=int, help="Prompts to sample answers to; more make a better pack.  [default: 304]")
 @click.option("--answers", type=int, help="Answers to each prompt.  [default: 8]")
+@click.option("--readout", metavar="PACK", help="score: keep the latents of this pack, and make their decoder anew.")
 @click.option("--steps", type=int, help="clap: training steps.  [default: 60]")
 @click.option("--batch", type=int, help="clap: prompts in a step, with 8 answers each.  [default: 2]")
 @runtime_options
@@ -54,6 +56,7 @@ def pack(
     fast: bool,
     prompts: int | None,
     answers: int | None,
+    readout: str | None,
     steps: int | None,
     batch: int | None,
     runtime: RuntimeConfig,
@@ -69,6 +72,8 @@ def pack(
 
     if recipe != "clap" and (steps is not None or batch is not None):
         raise InputError("--steps and --batch belong to --recipe clap")
+    if recipe != "score" and readout is not None:
+        raise InputError("--readout belongs to --recipe score")
     from edge_align_export.clap import ClapConfig
     from edge_align_export.linear import LinearConfig
     from edge_align_export.pack import build_pack
@@ -89,6 +94,7 @@ def pack(
             runtime=runtime,
             progress=progress,
             config=LinearConfig(**{name: n for name, n in sizes.items() if n is not None}),
+            readout=None if readout is None else Path(readout).absolute(),
             clap=ClapConfig(**{name: n for name, n in training.items() if n is not None}),
         )
     if not report:  # another process of the same run writes the pack

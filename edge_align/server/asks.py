@@ -48,6 +48,7 @@ class Ask:
     wanted: Wanted = field(default_factory=Wanted)
     schema: str | None = None  # JSON schema of the answer
     tools: Tools = ()
+    forced: bool = False  # a call of one of the tools, and nothing else
 
     @property
     def conversation(self) -> Prompt:
@@ -56,7 +57,8 @@ class Ask:
 
     def judged(self, text: str) -> bool:
         """Can a verdict on the answer `text` be learnt from? Not on a call, nor on what is said of its result."""
-        called = any(message.role == "tool" for message in self.prompt) or (self.tools and tool_calls.BEGIN in text)
+        called = self.forced or (self.tools and tool_calls.BEGIN in text)
+        called = called or any(message.role == "tool" for message in self.prompt)
         return bool(self.conversation and text.strip() and not called)
 
 
@@ -70,8 +72,13 @@ def chat(body: Body, config: ServerConfig) -> Ask:
         sampling = replace(sampling, top_logprobs=fields.integer(body, "top_logprobs", 0, 20) or 0)
     elif body.get("top_logprobs") is not None:
         raise bad("top_logprobs needs logprobs: true", param="top_logprobs")
-    ask = common(body, config, sampling, prompt=messages(body, config), schema=response_schema(body, config))
-    return replace(ask, tools=tools)
+    schema, call = response_schema(body, config), tool_calls.forced(body, tools)
+    if call is not None:
+        if schema is not None:
+            raise bad("response_format and a demanded tool_choice cannot both hold; send one", param="tool_choice")
+        schema = checked_schema(json.loads(call), config)
+    ask = common(body, config, sampling, prompt=messages(body, config), schema=schema)
+    return replace(ask, tools=tools, forced=call is not None)
 
 
 def completions(body: Body, config: ServerConfig) -> list[Ask]:

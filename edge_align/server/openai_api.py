@@ -53,7 +53,7 @@ async def chat_completions(request: Request) -> Response:
     if not ask.stream:
         return Json(shape.chat_response(await whole(request, running)))
     starts = [shape.chat_start(running, i) for i in range(ask.n)]
-    readers = [CallReader(ask.tools) for _ in range(ask.n)]
+    readers = [CallReader(ask.tools, ask.forced) for _ in range(ask.n)]
 
     def shaped(running: Running, index: int, event: Decoded) -> list[dict[str, Any]]:
         return shape.chat_chunk(running, index, event, readers[index])

@@ -85,7 +85,8 @@ def text_logprobs(found: list[TokenLogprob], names: dict[int, str]) -> dict[str,
 def chat_response(running: Running) -> dict[str, Any]:
     choices = []
     for i, choice in enumerate(running.choices):
-        asked, reader = running.asks[i].sampling.top_logprobs is not None, CallReader(running.asks[i].tools)
+        ask = running.asks[i]
+        asked, reader = ask.sampling.top_logprobs is not None, CallReader(ask.tools, ask.forced)
         text = reader.feed("".join(choice.text)) + reader.finish()
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if reader.calls:

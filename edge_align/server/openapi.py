@@ -79,7 +79,7 @@ CHAT = table(
     top_logprobs=integer(0, 20),
     response_format=MAYBE_OBJECT,
     tools={"type": ["array", "null"], "items": TOOL},
-    tool_choice={"enum": ["auto", "none", None]},
+    tool_choice=either({"enum": ["auto", "none", "required", None]}, TOOL),
     **SAMPLING,
 )
 COMPLETION = table("prompt", prompt=TEXTS, logprobs=integer(0, 5), **SAMPLING)

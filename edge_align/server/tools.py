@@ -35,14 +35,39 @@ def offered(body: Body, config: ServerConfig) -> Tools:
     """The functions that a request offers; none where it forbids their use. Raises Refusal."""
     if body.get("functions"):
         raise bad("functions is the older form; send tools", param="functions")
-    choice = body.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise bad('tool_choice must be "auto" or "none"; no call can be forced here', param="tool_choice")
     given = fields.items(body, "tools", most=config.tools) or []
     found = tuple(described(one, f"tools[{i}]") for i, one in enumerate(given))
     if len(json.dumps(found)) > config.tools_bytes:
         raise bad(f"tools is larger than {config.tools_bytes} bytes; offer fewer or shorter ones", param="tools")
-    return () if choice == "none" else found
+    return () if body.get("tool_choice") == "none" else found
+
+
+def forced(body: Body, tools: Tools) -> str | None:
+    """The JSON schema of a call of one of the functions that `tool_choice` demands; None where it demands none.
+
+    Raises Refusal.
+    """
+    choice = body.get("tool_choice")
+    if choice in (None, "auto", "none"):
+        return None
+    wanted = names(tools)
+    if isinstance(choice, dict):
+        wanted = [str((fields.table(choice, "function") or {}).get("name"))]
+    elif choice != "required":
+        raise bad('tool_choice must be "auto", "none", "required" or name a function', param="tool_choice")
+    shown = [tool["function"] for tool in tools if tool["function"]["name"] in wanted]
+    if not shown:
+        raise bad("tool_choice asks for a function that tools does not offer", param="tool_choice")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function["name"]}, "arguments": function["parameters"]},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in shown
+    ]
+    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
 
 
 def described(value: object, name: str) -> dict[str, Any]:
@@ -86,12 +111,19 @@ def loaded(value: object) -> object:
 
 @dataclass
 class CallReader:
-    """Reads an answer as it is decoded: its text is let through, calls of the offered functions are kept back."""
+    """Reads an answer as it is decoded: its text is let through, calls of the offered functions are kept back.
+
+    forced: the whole answer is a call, without its marks.
+    """
 
     tools: Tools
+    forced: bool = False
     calls: list[Call] = field(default_factory=list)
     _held: str = ""
     _after_call: bool = False  # white space there is no text
+
+    def __post_init__(self) -> None:
+        self._held = BEGIN if self.forced else ""
 
     def feed(self, text: str) -> str:
         """Go on; gives the text that cannot be of a call any more."""
@@ -120,7 +152,9 @@ class CallReader:
     def finish(self) -> str:
         """The end: a call whose last mark is missing is one; anything else that was kept back is text."""
         rest, self._held = self._held, ""
-        return "" if rest.startswith(BEGIN) and self._took(rest) else rest
+        if rest.startswith(BEGIN) and self._took(rest):
+            return ""
+        return rest.removeprefix(BEGIN) if self.forced else rest
 
     def _took(self, body: str) -> bool:
         """Is it a call? It is then among `calls`."""

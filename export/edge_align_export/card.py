@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LATENTS = {
+    "first_order_gain": "decoder, to first order: correlation of its effect with the latent, held-out prompts",
     "nll_none": "NLL of the base's answers to held-out prompts, nats per token",
     "nll_own_latent": "the same, steered by each answer's own latent",
     "nll_swapped_latent": "the same, by the latent of another answer to the prompt",
@@ -44,10 +45,17 @@ read from them, and prompts in other languages were not part of the sample.
 
 
 def _training(manifest: Mapping[str, Any]) -> str:
-    """What recipe `clap` did after the regression."""
-    clap = manifest["config"].get("clap")
+    """What recipe `score` or `clap` did after the regression."""
+    score, clap, told = manifest["config"].get("score"), manifest["config"].get("clap"), ""
+    if readout := manifest.get("readout"):
+        told = (
+            f"\n`PACK` is the pack with hash `{readout['pack_hash']}`, whose latents these are; it was made by\n"
+            f"`{readout['command']}` from {readout['answers']} answers."
+        )
+    if score is not None:
+        return told + f"\nIts decoder was solved from the scores of the answers' first {score['tokens']} tokens."
     if clap is None:
-        return ""
+        return told
     what = "decoder and readout" if clap["readout_lr"] else "decoder"
     return (
         f"\nThen its {what} was trained through the frozen base: {clap['steps']} steps of {clap['prompts']} prompts "

@@ -77,12 +77,14 @@ class Corpus:
         found = (np.flatnonzero(self.answers.groups == g) for g in np.unique(self.answers.groups))
         return [rows for rows in found if len(rows) >= n and (self.answers.groups[rows[0]] % 5 == 0) == held_out]
 
-    def batch(self, rows: np.ndarray, *, n: int, device: torch.device) -> Batch:
-        """Those answers, n of each prompt in a row, each with the end of text where it was reached."""
+    def batch(self, rows: np.ndarray, *, n: int, device: torch.device, tokens: int | None = None) -> Batch:
+        """Those answers, n of each prompt in a row, each with the end of text where it was reached; or their first
+        `tokens` tokens.
+        """
         said = [self.answers.completions[i] for i in rows]
         return make_batch(
             [self.answers.prompts[i] for i in rows],
-            [tokens if len(tokens) >= self.max_tokens else [*tokens, self.end] for tokens in said],
+            [(answer if len(answer) >= self.max_tokens else [*answer, self.end])[:tokens] for answer in said],
             torch.from_numpy(self.features[rows]).to(device),
             n=n,
         )

@@ -14,6 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_align.config import bounded
+from edge_align.pack import LatentPack
+
+TENSORS = ("readout", "feature_mean", "baseline", "prompt_projection", "variance", "decoder")
+"""What of a pack a recipe makes; the rest is measured afterwards."""
 
 VARIANCE_FLOOR = 0.05
 """Of a latent's posterior, relative to the latent's own. A sharper posterior would be overconfident."""
@@ -63,8 +67,7 @@ class LinearPack:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What of it a pack holds."""
-        names = ("readout", "feature_mean", "baseline", "prompt_projection", "variance", "decoder")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in TENSORS}
 
 
 def solve(
@@ -142,6 +145,17 @@ def retrained(
         variance=variance,
         baseline=_baseline((features - pack.feature_mean) @ readout, groups, prompt_features),
         latents=within(features, groups) @ readout,
+    )
+
+
+def reopened(pack: LatentPack, *, features: np.ndarray, groups: np.ndarray) -> LinearPack:
+    """A finished pack as it was before it was measured, with the latents of these answers; arguments as for `solve`."""
+    latents = within(features, groups) @ pack.readout
+    return LinearPack(
+        **{name: np.array(getattr(pack, name)) for name in TENSORS},
+        r2=float(pack.manifest["health"]["r2"]),
+        spread=latents.std(0),
+        latents=latents,
     )
 
 

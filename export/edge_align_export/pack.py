@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,21 @@ from edge_align.files import make_private_dir
 from edge_align.fluency import sampled_nll
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
-from edge_align.pack import load_pack, save_pack
+from edge_align.pack import LatentPack, load_pack, save_pack
 from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
 from edge_align.simulation.prompts import prompts
 from edge_align_export.card import card
 from edge_align_export.clap import ClapConfig, Corpus, health_of, open_workers, train, Trained
 from edge_align_export.curves import save_curves
-from edge_align_export.linear import LinearConfig, LinearPack, retrained, solve
+from edge_align_export.linear import LinearConfig, LinearPack, reopened, retrained, solve
 from edge_align_export.measure import closed_loop, measure
 from edge_align_export.passes import open_passes, Passes, TorchPasses
+from edge_align_export.score import read_scores, ScoreConfig, solve_decoder
 from edge_align_export.texts import Answers, committed_answers, read_answers, sample_answers, States
 
 Progress = Callable[[str, float], None]
 Stage = Callable[[str], Callable[[float], None]]
-RECIPES = ("linear", "clap")
+RECIPES = ("linear", "score", "clap")
 
 
 def build_pack(
@@ -49,8 +50,11 @@ def build_pack(
     progress: Progress | None = None,
     config: LinearConfig | None = None,
     clap: ClapConfig | None = None,
+    readout: Path | None = None,
 ) -> dict[str, Any]:
     """Build and save a pack; resumable: what a stopped run sampled, read and trained is kept in the home's cache.
+
+    readout: the folder of a pack of this base whose latents stay; recipe score gives them a new decoder.
 
     Returns the folder, sizes, seconds per stage and health numbers; nothing in a process that `accelerate launch`
     started beside the main one. Raises InputError, BackendUnavailable, ModelLoadError, StorageError, CorruptArtefact.
@@ -59,8 +63,12 @@ def build_pack(
         raise InputError(f"unknown recipe {recipe!r}; there is: {', '.join(RECIPES)}")
     config = config or LinearConfig()
     clap = (clap or ClapConfig()) if recipe == "clap" else None
+    score = ScoreConfig() if recipe == "score" else None
+    if readout is not None and score is None:
+        raise InputError("only recipe score takes the latents of another pack")
     runtime = runtime or RuntimeConfig()
     base = find_base(model, home=home)
+    read_by = None if readout is None else load_pack(readout, base_hash=base.hash)
     folder = out or home.packs_dir / f"{base.id}-{base.hash.removeprefix('sha256:')[:12]}"
     workers = open_workers() if clap is not None else None
     main = workers is None or workers.is_main_process
@@ -82,18 +90,33 @@ def build_pack(
         check_steering(backend)
         passes = open_passes(base, backend, runtime=runtime)
         stack.callback(passes.close)
-        if clap is not None and not isinstance(passes, TorchPasses):
+        if recipe != "linear" and not isinstance(passes, TorchPasses):
             raise BackendUnavailable(
-                f"recipe clap trains in PyTorch, which does not compute {base.id} here; use linear"
+                f"recipe {recipe} needs gradients from PyTorch, which does not compute {base.id} here; use linear"
             )
         work = make_private_dir(home.cache_dir / f"pack-{_texts_id(base, passes, config, fast=fast)}")
         with nullcontext() if workers is None else workers.main_process_first():
             answers, states = _collect(base, backend, passes, config, fast=fast, work=work, stage=stage)
         material = _describe(base, backend, answers)
-        pack = _solve(base, material, states, config, tell=stage("solve"))
-        layers, history = steered_layers(base, config), []
+        if read_by is None:
+            pack = _solve(base, material, states, config, tell=stage("solve"))
+        else:
+            pack = reopened(read_by, features=material.features, groups=material.groups)
+        layers, history, health = steered_layers(base, score or config), [], {"r2": round(pack.r2, 4)}
         if isinstance(passes, TorchPasses):
             corpus = Corpus(answers, material.features, config.max_tokens, passes.end)
+            if score is not None:
+                scores = read_scores(passes.model, corpus, layers, tokens=score.tokens, work=work, tell=stage("scores"))
+                decoder, gain = solve_decoder(
+                    scores,
+                    pack.latents,
+                    answers.groups,
+                    layers=layers,
+                    n_layer=base.n_layer,
+                    ridge=score.ridge,
+                    tokens=float(np.mean([min(len(said), score.tokens) for said in answers.completions])),
+                )
+                pack, health["first_order_gain"] = replace(pack, decoder=decoder), round(gain, 4)
             if clap is not None:
                 kept = make_private_dir(work / f"clap-{_settings_id(clap, config)}")
                 trained = train(
@@ -104,7 +127,7 @@ def build_pack(
             return {}
         rng = np.random.default_rng(config.seed)
         measured = measure(base, backend, answers, pack, config, rng, work, stage)
-        health = {"r2": round(pack.r2, 4), **measured.health}
+        health |= measured.health
         health["base_nll"] = round(sampled_nll(backend, None), 4)
         if isinstance(passes, TorchPasses):
             health |= health_of(passes.model, corpus, pack, layers, tell=stage("health"))
@@ -118,7 +141,8 @@ def build_pack(
         "d_model": base.d_model,
         "k": measured.pack.k,
         "recipe": f"{recipe}-fast" if fast else recipe,
-        "config": asdict(config) | ({} if clap is None else {"clap": asdict(clap)}),
+        "config": asdict(config) | {name: asdict(own) for name, own in (("score", score), ("clap", clap)) if own},
+        "readout": None if read_by is None else origin(read_by),
         "layers": [layers.start, layers.stop - 1],
         "answers": len(answers),
         "health": health,
@@ -126,7 +150,7 @@ def build_pack(
         "edge_align": edge_align.__version__,
         "engine": backend.info.version,
         "passes": passes.reason,
-        "command": _command(base, config, clap, fast=fast),
+        "command": _command(base, recipe, config, clap, fast=fast, readout=read_by is not None),
     }
     tensors = pack.tensors() | {"metric": measured.pack.metric, "kl_curve": measured.pack.kl_curve}
     save_pack(folder, tensors=tensors, manifest=manifest, card=card(manifest))
@@ -164,7 +188,12 @@ class Material:
         )
 
 
-def steered_layers(base: BaseModel, config: LinearConfig) -> range:
+def origin(pack: LatentPack) -> dict[str, Any]:
+    """Where the latents of a pack come from that took them from another, for its card."""
+    return {"pack_hash": pack.hash, "answers": pack.manifest["answers"], "command": pack.manifest["command"]}
+
+
+def steered_layers(base: BaseModel, config: LinearConfig | ScoreConfig) -> range:
     """Blocks that a pack steers; block 0 never, at least one."""
     first = max(1, round(config.first_layer * base.n_layer))
     return range(first, max(first + 1, round(config.last_layer * base.n_layer) + 1))
@@ -229,9 +258,12 @@ def _solve(
     return pack
 
 
-def _command(base: BaseModel, config: LinearConfig, clap: ClapConfig | None, *, fast: bool) -> str:
-    """What makes this pack again."""
-    words = [f"edge-align export pack --model {base.id} --recipe {'linear' if clap is None else 'clap'}"]
+def _command(
+    base: BaseModel, recipe: str, config: LinearConfig, clap: ClapConfig | None, *, fast: bool, readout: bool
+) -> str:
+    """What makes this pack again; the pack whose readout it takes is told by `origin`."""
+    words = [f"edge-align export pack --model {base.id} --recipe {recipe}"]
+    words += ["--readout PACK"] if readout else []
     words += ["--fast"] if fast else []
     words += [f"--prompts {config.prompts}"] if config.prompts != LinearConfig().prompts and not fast else []
     words += [f"--answers {config.answers}"] if config.answers != LinearConfig().answers and not fast else []

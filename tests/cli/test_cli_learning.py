@@ -235,7 +235,15 @@ def test_export_pack_tells_how_long_it_takes_and_what_came_out(run, home, base_p
     assert run("export", "pack", "--model", str(base_path), *sized).exit_code == 0
     assert (asked["recipe"], asked["config"].prompts, asked["config"].answers) == ("clap", 64, 12)
     assert (asked["clap"].steps, asked["clap"].prompts) == (30, 4)
+    assert run("export", "pack", "--model", str(base_path), "--recipe", "score", "--readout", "a").exit_code == 0
+    assert (asked["recipe"], asked["readout"]) == ("score", Path("a").absolute())
     for wrong in (("--model", "no-such-id"), ("--recipe", "linear"), ("--model", "x", "--recipe", "other")):
         assert run("export", "pack", *wrong).exit_code == 2
-    for wrong in (("--steps", "3"), ("--batch", "3"), ("--recipe", "clap", "--steps", "0"), ("--answers", "1")):
+    for wrong in (
+        ("--steps", "3"),
+        ("--batch", "3"),
+        ("--readout", "a"),
+        ("--recipe", "clap", "--steps", "0"),
+        ("--answers", "1"),
+    ):
         assert run("export", "pack", "--model", str(base_path), *wrong).exit_code == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import ollama
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import fake_engine, MODEL, QUESTION, serving
 
-from edge_align.config import RuntimeConfig, ServerConfig
+from edge_align.config import RuntimeConfig, SamplingConfig, ServerConfig
 from edge_align.home import Home
+from edge_align.records import user_prompt
 from edge_align.runtime.fake import END, FakeBackend, START
 from edge_align.runtime.template import ChatTemplate, render_tokens
-from edge_align.server.tools import CallReader
+from edge_align.server.grammar import grammar_of
+from edge_align.server.tools import CallReader, forced
 
 TEMPLATE = (
     "{% if tools %}<|start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|end|>{% endif %}"
@@ -136,6 +139,50 @@ def test_a_call_whose_last_mark_is_missing_is_one(told):
     assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_demanded_call_is_read_without_its_marks(told, choice):
+    says = json.dumps({"name": "weather", "arguments": ARGUMENTS}, ensure_ascii=False)
+    tides = {"type": "function", "function": {"name": "tides"}}
+    reply = asked(told, says, tool_choice=choice, tools=[tides, WEATHER]).json
+    (call,) = reply["choices"][0]["message"]["tool_calls"]
+    assert (
+        reply["choices"][0]["finish_reason"] == "tool_calls" and json.loads(call["function"]["arguments"]) == ARGUMENTS
+    )
+    assert told.ask("POST", "/v1/feedback", {"id": reply["id"], "rating": "up"}).status == 404  # no verdict on a call
+    deltas = [event["choices"][0]["delta"] for event in asked(told, says, tool_choice=choice, stream=True).events]
+    assert not "".join(delta.get("content", "") for delta in deltas)
+    assert [call["function"]["name"] for delta in deltas for call in delta.get("tool_calls", [])] == ["weather"]
+    cut = asked(told, says, tool_choice=choice, max_tokens=9).json["choices"][0]
+    assert cut["finish_reason"] == "length" and cut["message"]["content"] == says[:9]
+
+
+def test_the_grammar_of_a_demanded_call_lets_the_real_base_say_nothing_else(backend):
+    schema = forced(
+        {"tool_choice": "required"},
+        (
+            WEATHER,
+            {
+                "type": "function",
+                "function": {
+                    "name": "tides",
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"day": {"enum": ["today", "tomorrow"]}},
+                        "required": ["day"],
+                    },
+                },
+            },
+        ),
+    )
+    sampling = SamplingConfig(grammar=grammar_of(schema), max_tokens=80)
+    for seed in range(3):
+        prompt = backend.render(user_prompt("Will it rain in Bergen?"))
+        text = "".join(c.text for c in backend.generate(prompt, vectors=None, sampling=replace(sampling, seed=seed)))
+        call = json.loads(text)
+        assert [*call] == ["name", "arguments"] and call["name"] in ("weather", "tides")
+        assert [*call["arguments"]] == [{"weather": "town", "tides": "day"}[call["name"]]]
+
+
 def test_tools_that_may_not_be_used_are_not_shown(told):
     choice = asked(told, CALL, tool_choice="none").json["choices"][0]
     assert choice["message"]["content"] == CALL
@@ -164,8 +211,10 @@ def test_no_verdict_is_taken_on_a_call(told):
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "parameters"),
         ({"tools": [WEATHER] * 129}, "entries"),
         ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 70_000}}]}, "larger"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "tides"}}}, "does not offer"),
+        ({"tool_choice": "required", "tools": []}, "does not offer"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "both"),
         ({"functions": [{"name": "f"}]}, "older"),
         ({"messages": [*QUESTION, {"role": "assistant", "tool_calls": [3]}, *QUESTION]}, "tool_calls"),
         (
