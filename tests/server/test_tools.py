@@ -44,6 +44,10 @@ class Told(FakeBackend):
     rendered: list[int] = []
     takes_tools = True
 
+    def __init__(self, *, config):
+        super().__init__(config=config)
+        self.info = replace(self.info, features=self.info.features | {"grammar"})  # what it says is in the test's hands
+
     def render(self, prompt, *, tools=()):
         control = re.compile(r"<\|(?:start|end)\|>")
         self.rendered = render_tokens(
