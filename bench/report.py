@@ -462,7 +462,7 @@ def readme_table(results: Results) -> str:
     found, _ = quality_of(results, 100)
     time, lora = (results.newest(name) for name in ("personalize_time", "training_time"))
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
-    null = results.newest("nulls", where=lambda r: "directions" in r)["directions"]
+    drawn = results.newest("nulls", where=lambda r: "directions" in r)
     other, others = arms_of(results, SIZES[0])
     tuned = results.newest("lora")
     pairs = max(row["pairs"] for row in tuned["rows"])
@@ -503,7 +503,7 @@ def readme_table(results: Results) -> str:
             ],
             ["the same with 20 pairs", won(20)],
             [
-                f"other ways, {other['pairs']} pairs, the same users: "
+                f"other ways, {other['pairs']} pairs, the same users{earlier(other)}: "
                 + ", ".join(name for name in others if not name.startswith(OURS)),
                 ", ".join(
                     percent(mean(row["win_rate"] for row in rows))
@@ -511,7 +511,10 @@ def readme_table(results: Results) -> str:
                     if not name.startswith(OURS)
                 ),
             ],
-            ["random directions at the same KL, mean over users", percent(null["pooled_mean"])],
+            [
+                f"random directions at the same KL, mean over users{earlier(drawn)}",
+                percent(drawn["directions"]["pooled_mean"]),
+            ],
             ["true verdicts that pass the gate, 20 and 100 pairs", f"{passed(20, 'true')}, {passed(100, 'true')}"],
             ["shuffled ones", f"{passed(20, 'shuffled')}, {passed(100, 'shuffled')}"],
             ["speed of decoding, steered over unsteered", f"{speed['steered_over_base']['median']:.2f}"],
