@@ -46,18 +46,26 @@ read from them, and prompts in other languages were not part of the sample.
 
 def _training(manifest: Mapping[str, Any]) -> str:
     """What recipe `score` or `clap` did after the regression."""
-    score, clap, told = manifest["config"].get("score"), manifest["config"].get("clap"), ""
-    if readout := manifest.get("readout"):
-        told = (
-            f"\n`PACK` is the pack with hash `{readout['pack_hash']}`, whose latents these are; it was made by\n"
-            f"`{readout['command']}` from {readout['answers']} answers."
-        )
+    score, clap = manifest["config"].get("score"), manifest["config"].get("clap")
     if score is not None:
-        return told + f"\nIts decoder was solved from the scores of the answers' first {score['tokens']} tokens."
+        return _latents(manifest) + (
+            f"\nIts decoder was solved from the scores of the answers' first {score['tokens']} tokens."
+        )
     if clap is None:
-        return told
+        return ""
     what = "decoder and readout" if clap["readout_lr"] else "decoder"
     return (
         f"\nThen its {what} was trained through the frozen base: {clap['steps']} steps of {clap['prompts']} prompts "
         f"with {clap['answers']} answers each."
+    )
+
+
+def _latents(manifest: Mapping[str, Any]) -> str:
+    """Whose latents a pack has that took them from another."""
+    readout = manifest.get("readout")
+    if readout is None:
+        return ""
+    return (
+        f"\n`PACK` is the pack with hash `{readout['pack_hash']}`, whose latents these are; it was made by\n"
+        f"`{readout['command']}` from {readout['answers']} answers."
     )

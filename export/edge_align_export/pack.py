@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from edge_align_export.curves import save_curves
 from edge_align_export.linear import LinearConfig, LinearPack, reopened, retrained, solve
 from edge_align_export.measure import closed_loop, measure
 from edge_align_export.passes import open_passes, Passes, TorchPasses
-from edge_align_export.score import read_scores, ScoreConfig, solve_decoder
+from edge_align_export.score import rescored, ScoreConfig
 from edge_align_export.texts import Answers, committed_answers, read_answers, sample_answers, States
 
 Progress = Callable[[str, float], None]
@@ -106,17 +106,8 @@ def build_pack(
         if isinstance(passes, TorchPasses):
             corpus = Corpus(answers, material.features, config.max_tokens, passes.end)
             if score is not None:
-                scores = read_scores(passes.model, corpus, layers, tokens=score.tokens, work=work, tell=stage("scores"))
-                decoder, gain = solve_decoder(
-                    scores,
-                    pack.latents,
-                    answers.groups,
-                    layers=layers,
-                    n_layer=base.n_layer,
-                    ridge=score.ridge,
-                    tokens=float(np.mean([min(len(said), score.tokens) for said in answers.completions])),
-                )
-                pack, health["first_order_gain"] = replace(pack, decoder=decoder), round(gain, 4)
+                pack, gain = rescored(pack, passes.model, corpus, layers, score, work=work, tell=stage("scores"))
+                health["first_order_gain"] = round(gain, 4)
             if clap is not None:
                 kept = make_private_dir(work / f"clap-{_settings_id(clap, config)}")
                 trained = train(

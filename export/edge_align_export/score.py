@@ -10,7 +10,7 @@ contrast (`clap_loss`) lead, without their steps; docs/decisions/0012 has what i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from edge_align.config import bounded
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap import Corpus
 from edge_align_export.clap_loss import FrozenDecoder
-from edge_align_export.linear import ridge_regression, within
+from edge_align_export.linear import LinearPack, ridge_regression, within
 from edge_align_export.texts import keep_arrays, kept_arrays
 
 ROWS = 16  # answers of one backward pass
@@ -39,6 +39,30 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         bounded(self.tokens, 1, 4096, "tokens of an answer")
+
+
+def rescored(
+    pack: LinearPack,
+    model: LlamaReference,
+    corpus: Corpus,
+    layers: range,
+    config: ScoreConfig,
+    *,
+    work: Path,
+    tell: Callable[[float], None],
+) -> tuple[LinearPack, float]:
+    """The pack with a decoder solved from scores, and its gain to first order (`solve_decoder`)."""
+    answers = corpus.answers
+    decoder, gain = solve_decoder(
+        read_scores(model, corpus, layers, tokens=config.tokens, work=work, tell=tell),
+        pack.latents,
+        answers.groups,
+        layers=layers,
+        n_layer=model.shape.n_layer,
+        ridge=config.ridge,
+        tokens=float(np.mean([min(len(said), config.tokens) for said in answers.completions])),
+    )
+    return replace(pack, decoder=decoder), gain
 
 
 def read_scores(
@@ -60,7 +84,8 @@ def read_scores(
         path = work / f"scores-{layers.start}-{layers.stop}-{tokens}-{first:06d}.npz"
         kept = kept_arrays(path, scores=(len(rows), width))
         if kept is None:
-            kept = {"scores": np.concatenate([_scores(model, corpus, part, layers, tokens) for part in _split(rows)])}
+            split = [rows[i : i + ROWS] for i in range(0, len(rows), ROWS)]
+            kept = {"scores": np.concatenate([_scores(model, corpus, part, layers, tokens) for part in split])}
             keep_arrays(path, **kept)
         parts.append(kept["scores"])
         tell((rows[-1] + 1) / n)
@@ -102,10 +127,6 @@ def first_order_gain(decoder: np.ndarray, scores: np.ndarray, latents: np.ndarra
     moved, wanted = scores @ (decoder.T @ directions.T), latents @ directions.T
     power = np.sqrt((moved**2).sum(0) * (wanted**2).sum(0))
     return float(((moved * wanted).sum(0) / np.maximum(power, 1e-12)).mean())
-
-
-def _split(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[i : i + ROWS] for i in range(0, len(rows), ROWS)]
 
 
 def _scores(model: LlamaReference, corpus: Corpus, rows: np.ndarray, layers: range, tokens: int) -> np.ndarray:

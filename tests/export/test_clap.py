@@ -15,7 +15,6 @@ from reference import naive_llama as naive
 from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, InputError
 from edge_align.home import Home
-from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap import ClapConfig, Corpus, health_of, start, train
 from edge_align_export.clap_loss import aggregated_kl, FrozenDecoder, make_batch, mutual_information
 from edge_align_export.curves import save_curves, smooth
@@ -26,13 +25,6 @@ from scripts.tiny_models import write_gguf
 
 ONE = RuntimeConfig(n_threads=1, n_ctx=256)
 LAYERS, PROMPTS, EACH, K, N_FEATURE = range(1, 3), 10, 4, 3, 6
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> LlamaReference:
-    path = tmp_path_factory.mktemp("clap") / "tiny.gguf"
-    naive.write_tiny(path)
-    return LlamaReference(path)
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,6 @@ LAYERS, EACH = range(1, 3), 4
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> LlamaReference:
-    path = tmp_path_factory.mktemp("score") / "tiny.gguf"
-    naive.write_tiny(path)
-    return LlamaReference(path)
-
-
-@pytest.fixture(scope="module")
 def corpus() -> Corpus:
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(5), EACH)
