@@ -65,6 +65,7 @@ def parser(text: str) -> argparse.ArgumentParser:
     made.add_argument("--home", help="folder in which a pack is looked for first")
     made.add_argument("--cache", metavar="DIR", help="folder of kept answers (default: cache/bench in the home)")
     made.add_argument("--threads", type=int, default=0, help="0: one per core")
+    made.add_argument("--n-gpu-layers", type=int, default=0, help="blocks that llama.cpp runs on the GPU; -1: all")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing")
     made.add_argument("--save", action="store_true", help="also write the JSON document under bench/results")
@@ -110,7 +111,7 @@ def provenance(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
     return {
         "script": Path(name).stem,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("EDGE_ALIGN_COMMIT", "unknown"),
         "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "machine": machine(),
         "versions": versions(),
@@ -139,6 +140,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
     }
 
@@ -170,7 +172,7 @@ class Bench:
         self.args = args
         self.home = Home.find(args.home)
         self.base = find_base(args.model, home=self.home)
-        self.runtime = RuntimeConfig(n_threads=args.threads)
+        self.runtime = RuntimeConfig(n_threads=args.threads, n_gpu_layers=args.n_gpu_layers)
         self.cache = Path(args.cache) if args.cache else self.home.cache_dir / "bench"
 
     @classmethod
