@@ -3,6 +3,7 @@
     python bench/answers.py && python bench/quality.py --save
 
 Every figure is on test prompts that nothing was learnt or chosen on. A user with a cap of his own (short) gets it.
+What is chosen is chosen with --set validation and the validation people (docs/decisions/0006).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.prompts, args.max_tokens, args.kl_prompts, args.kl_tokens = 2, 12, 1, 6
     questions, answers = train_answers(bench)
-    unseen = list(prompts("test")[args.skip :][: args.prompts])
+    unseen = list(prompts(args.set)[args.skip :][: args.prompts])
     second = other_judges()
     measure = kl_meter(bench, unseen)
     rows = []
@@ -165,6 +166,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "win_rate_min": min(row["win_rate"] for row in own),
             "nll_ratio_mean": np.mean([row["nll_ratio"] for row in own]),
             "nll_ratio_max": max(row["nll_ratio"] for row in own),
+            "distinct2_ratio_mean": np.mean([row["distinct2_ratio"] for row in own]),
             "distinct2_ratio_min": min(row["distinct2_ratio"] for row in own),
             "passed": sum(row["passes"] for row in own),
         }
@@ -203,8 +205,9 @@ if __name__ == "__main__":
     p.add_argument("--users", metavar="A,B", help="default: all eight")
     p.add_argument("--sizes", default="100,20", help="pairs learnt from")
     p.add_argument("--flip", type=float, default=0.0, help="share of the verdicts that are the wrong way round")
-    p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
-    p.add_argument("--skip", type=int, default=0, help="leave out so many test prompts, which earlier runs have seen")
+    p.add_argument("--set", choices=("test", "validation"), default="test", help="which unseen prompts")
+    p.add_argument("--prompts", type=int, default=100, help="how many of them")
+    p.add_argument("--skip", type=int, default=0, help="leave out so many prompts, which earlier runs have seen")
     p.add_argument("--max-tokens", type=int, default=96)
     p.add_argument("--kl-budget", type=float, default=PersonalizeConfig().kl_budget)
     p.add_argument("--kl-prompts", type=int, default=16, help="base answers on which KL is measured")

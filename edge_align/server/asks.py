@@ -72,13 +72,19 @@ def chat(body: Body, config: ServerConfig) -> Ask:
         sampling = replace(sampling, top_logprobs=fields.integer(body, "top_logprobs", 0, 20) or 0)
     elif body.get("top_logprobs") is not None:
         raise bad("top_logprobs needs logprobs: true", param="top_logprobs")
-    schema, call = response_schema(body, config), tool_calls.forced(body, tools)
-    if call is not None:
-        if schema is not None:
-            raise bad("response_format and a demanded tool_choice cannot both hold; send one", param="tool_choice")
-        schema = checked_schema(json.loads(call), config)
+    schema = response_schema(body, config)
     ask = common(body, config, sampling, prompt=messages(body, config), schema=schema)
-    return replace(ask, tools=tools, forced=call is not None)
+    return with_tools(ask, body, tools, config)
+
+
+def with_tools(ask: Ask, body: Body, tools: Tools, config: ServerConfig) -> Ask:
+    """The request with its tools, and with the schema of a call where `tool_choice` demands one. Raises Refusal."""
+    call = tool_calls.forced(body, tools)
+    if call is None:
+        return replace(ask, tools=tools)
+    if ask.schema is not None:
+        raise bad("a form of the answer and a demanded tool_choice cannot both hold; send one", param="tool_choice")
+    return replace(ask, tools=tools, schema=checked_schema(json.loads(call), config), forced=True)
 
 
 def completions(body: Body, config: ServerConfig) -> list[Ask]:
@@ -235,12 +241,6 @@ def usable(text: str, name: str) -> str:
     except InputError as error:
         raise bad(f"{error}; send some text", param=name.split("[")[0]) from None
     return text
-
-
-def refuse_tools(body: Body) -> None:
-    """For the protocols whose tools are not served."""
-    if (body.get("tools") or body.get("functions")) and body.get("tool_choice") != "none":
-        raise bad("no tools are served here; use /v1/chat/completions or /api/chat, or leave out tools", param="tools")
 
 
 def response_schema(body: Body, config: ServerConfig) -> str | None:

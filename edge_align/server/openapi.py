@@ -47,6 +47,20 @@ MESSAGE = table(
     content=either(TEXT, PARTS, {"type": "null"}),
 )
 TOOL = table("type", "function", type={"const": "function"}, function=table("name", name=TEXT))
+FUNCTION = table("type", "name", type={"const": "function"}, name=TEXT)
+ITEM = either(
+    MESSAGE,
+    table(
+        "type",
+        "name",
+        "arguments",
+        type={"const": "function_call"},
+        call_id=TEXT,
+        name=TEXT,
+        arguments=TEXT,
+    ),
+    table("type", "output", type={"const": "function_call_output"}, call_id=TEXT, output=either(TEXT, PARTS)),
+)
 SAMPLING: Schema = {
     "model": MAYBE_TEXT,
     "max_tokens": integer(1, 1_000_000),
@@ -85,8 +99,10 @@ CHAT = table(
 COMPLETION = table("prompt", prompt=TEXTS, logprobs=integer(0, 5), **SAMPLING)
 RESPONSE = table(
     "input",
-    input=either(TEXT, many(MESSAGE, least=1)),
+    input=either(TEXT, many(ITEM, least=1)),
     instructions=MAYBE_TEXT,
+    tools={"type": ["array", "null"], "items": FUNCTION},
+    tool_choice=either({"enum": ["auto", "none", "required", None]}, FUNCTION),
     model=MAYBE_TEXT,
     max_output_tokens=integer(1, 1_000_000),
     temperature=number(0, 10),

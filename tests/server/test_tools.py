@@ -218,7 +218,7 @@ def test_no_verdict_is_taken_on_a_call(told):
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "tides"}}}, "does not offer"),
         ({"tool_choice": "required", "tools": []}, "does not offer"),
-        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "both"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "cannot both"),
         ({"functions": [{"name": "f"}]}, "older"),
         ({"messages": [*QUESTION, {"role": "assistant", "tool_calls": [3]}, *QUESTION]}, "tool_calls"),
         (
@@ -290,3 +290,95 @@ def test_ollamas_own_client_gets_calls_and_sends_back_results(told):
     assert later.message.content == "Take an umbrella."
     shown = told.backend.detokenize(told.backend.rendered)
     assert "Bergen" in shown and "tool\nRain." in shown
+
+
+FLAT = {"type": "function", **WEATHER["function"]}
+
+
+def responded(live, says, **more):
+    live.backend.says = says
+    body = {"model": MODEL, "input": "Will it rain?", "tools": [FLAT], "max_output_tokens": 400, **more}
+    return live.ask("POST", "/v1/responses", body)
+
+
+def test_a_response_has_calls_as_items_of_their_own(told):
+    body = responded(told, f"I will look.{CALL}\n{CALL}").json
+    message, first, second = body["output"]
+    assert message["content"][0]["text"] == "I will look." and body["tools"][0]["name"] == "weather"
+    assert first["type"] == "function_call" and json.loads(first["arguments"]) == ARGUMENTS
+    assert first["call_id"] != second["call_id"] and first["id"] != second["id"]
+    assert json.dumps(WEATHER) in told.backend.detokenize(told.backend.rendered)
+    assert [item["type"] for item in responded(told, CALL).json["output"]] == ["function_call"]
+    assert [item["type"] for item in responded(told, "Sunny.").json["output"]] == ["message"]
+    forbidden = responded(told, CALL, tool_choice="none").json
+    assert forbidden["output"][0]["content"][0]["text"] == CALL and forbidden["tools"] == []
+
+
+def test_a_demanded_call_in_a_response_is_read_without_its_marks(told):
+    says = json.dumps({"name": "weather", "arguments": ARGUMENTS}, ensure_ascii=False)
+    for choice in ("required", {"type": "function", "name": "weather"}):
+        (call,) = responded(told, says, tool_choice=choice).json["output"]
+        assert call["name"] == "weather" and json.loads(call["arguments"]) == ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    ("says", "types"),
+    [
+        (f"Wait. {CALL}\n{CALL}", ["message", "function_call", "function_call"]),
+        (f"\n{CALL}", ["function_call"]),
+        ("Sunny, <tool_", ["message"]),
+        (" ", ["message"]),
+    ],
+)
+def test_a_streamed_response_tells_the_same_items(told, says, types):
+    blocks = responded(told, says, stream=True).data.decode().strip().split("\n\n")
+    events = [json.loads(block.split("\n")[1].removeprefix("data: ")) for block in blocks]
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+    output = events[-1]["response"]["output"]
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == output and [item["type"] for item in output] == types
+    added = [event for event in events if event["type"] == "response.output_item.added"]
+    assert [event["item"]["id"] for event in added] == [item["id"] for item in output]
+    assert [event["output_index"] for event in added] == [*range(len(output))]
+    deltas = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert deltas == "".join(item["content"][0]["text"] for item in output if item["type"] == "message")
+
+
+def test_openais_client_gets_calls_from_responses_and_sends_back_results(told):
+    with openai.OpenAI(base_url=f"{told.url}/v1", api_key="none", max_retries=0) as client:
+        told.backend.says = f"{CALL}{CALL}"
+        asked = [{"role": "user", "content": "Will it rain?"}]
+        found = client.responses.create(model=MODEL, input=asked, tools=[FLAT], max_output_tokens=400)
+        results = [
+            {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."} for call in found.output
+        ]
+        items = [*asked, *[call.to_dict() for call in found.output], *results]
+        told.backend.says = "Take an umbrella."
+        later = client.responses.create(model=MODEL, input=items, tools=[FLAT], max_output_tokens=400)
+        told.backend.says = CALL
+        with client.responses.stream(model=MODEL, input=asked, tools=[FLAT], max_output_tokens=400) as stream:
+            calls = [event.item for event in stream if event.type == "response.output_item.done"]
+    assert later.output_text == "Take an umbrella." and json.loads(calls[0].arguments) == ARGUMENTS
+    shown = told.backend.detokenize(told.backend.rendered)
+    assert shown.count("weather of a town") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "no others"),
+        ({"tools": 3}, "tools"),
+        ({"tool_choice": {"type": "function", "name": "tides"}}, "does not offer"),
+        ({"tool_choice": "required", "text": {"format": {"type": "json_object"}}}, "cannot both"),
+        ({"input": [{"type": "function_call", "name": 3, "arguments": "{}"}]}, "function calls with names"),
+        ({"input": [{"type": "function_call_output", "output": 3}]}, "text"),
+    ],
+)
+def test_responses_refuse_tools_that_are_none(told, more, says):
+    reply = responded(told, "", **more)
+    assert reply.status == 400 and says in reply.json["error"]["message"]
+
+
+def test_a_response_refuses_tools_where_the_template_has_none(fake):
+    reply = fake.ask("POST", "/v1/responses", {"model": MODEL, "input": "Hi", "tools": [FLAT]})
+    assert reply.status == 400 and "has no tools" in reply.json["error"]["message"]
