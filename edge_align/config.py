@@ -88,7 +88,7 @@ class PersonalizeConfig:
     use: make the profile the one in use when a version is activated.
     """
 
-    kl_budget: float = 0.4
+    kl_budget: float = 0.25
     nll_limit: float = 1.4
     seed: int = 0
     activate: bool = True

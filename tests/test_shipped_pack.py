@@ -32,7 +32,7 @@ def test_the_example_feedback_is_learnt_and_switched_on(learnt):
     assert report.activated and report.state == "learnt" and report.reason is None
     assert report.heldout is not None
     assert report.heldout["accuracy"] > 0.65 and report.heldout["p"] <= 0.02
-    assert 0.1 < report.predicted_kl < 0.4  # the budget is .4, and one hundred pairs do not earn all of it
+    assert 0.1 < report.predicted_kl < 0.25  # the budget, of which one hundred pairs do not earn all
     assert report.profile_bytes <= 4096
 
 
