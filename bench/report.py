@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ Result = dict[str, Any]
 SIZES = (100, 20)  # pairs
 FLIP = 0.25  # share of wrong verdicts
 OURS = "edge-align"  # the arm
+PROMPTED = ("written preference", "three pairs in the prompt")  # arms that no pack has a part in
 
 
 class Results:
@@ -108,6 +110,7 @@ def quality_of(
         options = result["options"]
         return (
             options.get("flip", 0.0) == flip
+            and options.get("set", "test") == "test"
             and bool(options.get("skip")) == fresh
             and pack in (None, result["pack_hash"])
             and any(row["pairs"] == pairs for row in result["users"])
@@ -157,7 +160,8 @@ def fresh_prompts(results: Results) -> str:
             continue
         rates = [row["win_rate"] for row in rows]
         said.append(
-            f"On {result['prompts']} more prompts, which no run before had seen, with {size} pairs{earlier(result)}: "
+            f"On {result['prompts']} more prompts, which no run before had seen, with {size} pairs and a KL budget of "
+            f"{result['options']['kl_budget']:g}{earlier(result)}: "
             f"win rate {percent(mean(rates), 1)} (lowest {percent(min(rates))}), NLL "
             f"{mean(row['nll_ratio'] for row in rows):.2f} x, distinct-2 "
             f"{mean(row['distinct2_ratio'] for row in rows):.2f} x.\n\n{source(result)}"
@@ -193,16 +197,29 @@ def alternatives(results: Results) -> str:
     return "\n\n".join(_alternatives(*arms_of(results, pairs)) for pairs in SIZES)
 
 
-def arms_of(results: Results, pairs: int) -> tuple[Result, dict[str, list[Result]]]:
-    """The newest result of `arms.py` at this number of pairs, and its rows per arm in the order they were run."""
-    result = results.newest("arms", where=lambda r: r["pairs"] == pairs)
+def arms_of(results: Results, pairs: int) -> tuple[list[Result], dict[str, list[Result]]]:
+    """The newest result of `arms.py` at this number of pairs, and its rows per arm in the order they were run.
+
+    Where it left out the arms that write into the prompt, those that have nothing to do with a pack come from an older
+    result, the second one; ours was another then, so what is said of it beside them is dropped.
+    """
+    used = [results.newest("arms", where=lambda r: r["pairs"] == pairs)]
     found: dict[str, list[Result]] = {}
-    for row in result["rows"]:
+    if used[0]["options"].get("vectors_only"):
+        with suppress(LookupError):
+            used.append(
+                results.newest("arms", where=lambda r: r["pairs"] == pairs and not r["options"].get("vectors_only"))
+            )
+            for row in used[1]["rows"]:
+                if row["arm"] in PROMPTED:
+                    found.setdefault(row["arm"], []).append(row | {"ours_over_it": None})
+    for row in used[0]["rows"]:
         found.setdefault(row["arm"], []).append(row)
-    return result, found
+    return used, found
 
 
-def _alternatives(result: Result, found: dict[str, list[Result]]) -> str:
+def _alternatives(used: list[Result], found: dict[str, list[Result]]) -> str:
+    result = used[0]
     users = list(dict.fromkeys(row["user"] for row in result["rows"]))
     body = []
     for name, rows in found.items():
@@ -212,7 +229,9 @@ def _alternatives(result: Result, found: dict[str, list[Result]]) -> str:
                 name,
                 *(percent(won[who]) for who in users),
                 percent(mean(won.values()), 1),
-                "" if name == OURS else percent(mean(row["ours_over_it"] for row in rows), 1),
+                ""
+                if name == OURS or rows[0]["ours_over_it"] is None
+                else percent(mean(row["ours_over_it"] for row in rows), 1),
                 f"{mean(row['nll_ratio'] for row in rows):.2f} x",
                 f"{mean(row['distinct2_ratio'] for row in rows):.2f} x",
                 f"{mean(row['prompt_tokens'] for row in rows):+.0f}",
@@ -225,7 +244,8 @@ def _alternatives(result: Result, found: dict[str, list[Result]]) -> str:
         "written preference is the sentence that defines the user, which nobody tells the other arms. The "
         "mean-difference vector steers the same blocks at the KL that ours measures."
     )
-    return f"{said}\n\n{table([*head, 'tokens added to a prompt', 'to learn'], body)}\n\n{source(result)}"
+    sources = "\n\n".join(map(source, used))
+    return f"{said}\n\n{table([*head, 'tokens added to a prompt', 'to learn'], body)}\n\n{sources}"
 
 
 def lora(results: Results) -> str:
@@ -463,7 +483,7 @@ def readme_table(results: Results) -> str:
     time, lora = (results.newest(name) for name in ("personalize_time", "training_time"))
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
     drawn = results.newest("nulls", where=lambda r: "directions" in r)
-    other, others = arms_of(results, SIZES[0])
+    (other, *_), others = arms_of(results, SIZES[0])
     tuned = results.newest("lora")
     pairs = max(row["pairs"] for row in tuned["rows"])
     beside = [tuned["summary"][f"pairs_{pairs}"][arm] for arm in ("LoRA-DPO", OURS)]
