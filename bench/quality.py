@@ -2,8 +2,8 @@
 
     python bench/answers.py && python bench/quality.py --save
 
-Every figure is on test prompts that nothing was learnt or chosen on. A user with a cap of his own (short) gets it.
-What is chosen is chosen with --set validation and the validation people (docs/decisions/0006).
+Every figure is on test prompts that nothing was learnt or chosen on, unless --set validation asks for those that
+choices are made by (docs/decisions/0012). A user with a cap of his own (short) gets it.
 """
 
 from __future__ import annotations

@@ -173,12 +173,11 @@ async def answer(request: Request, ask: Ask, kind: str) -> Response:
     """`kind` "message" or "response": where the text stands."""
     service, started = service_of(request), time.perf_counter_ns()
     running = await service.running([ask], request.headers, caller_of(request), kind="ollama")
-    reader = CallReader(ask.tools)
     if not ask.stream:
         await whole(request, running)
-        text = reader.feed("".join(running.choices[0].text)) + reader.finish()
-        return Json(last(running, kind, text, reader.calls, started))
-    parts = lines(running, kind, reader, started)
+        text, calls = tool_calls.read("".join(running.choices[0].text), ask.tools, forced=ask.forced)
+        return Json(last(running, kind, text, calls, started))
+    parts = lines(running, kind, CallReader(ask.tools, ask.forced), started)
     return await streamed(request, running, parts, media_type="application/x-ndjson", broken=broken)
 
 

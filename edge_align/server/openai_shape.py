@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge_align.records import GenerationStats, TokenLogprob
+from edge_align.server import tools as tool_calls
 from edge_align.server.decoder import Decoded
 from edge_align.server.guard import dump_json
 from edge_align.server.refusal import Refusal
@@ -86,17 +87,17 @@ def chat_response(running: Running) -> dict[str, Any]:
     choices = []
     for i, choice in enumerate(running.choices):
         ask = running.asks[i]
-        asked, reader = ask.sampling.top_logprobs is not None, CallReader(ask.tools, ask.forced)
-        text = reader.feed("".join(choice.text)) + reader.finish()
+        asked = ask.sampling.top_logprobs is not None
+        text, calls = tool_calls.read("".join(choice.text), ask.tools, forced=ask.forced)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if reader.calls:
-            message |= {"content": text or None, "tool_calls": [tool_call(call) for call in reader.calls]}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [tool_call(call) for call in calls]}
         choices.append(
             {
                 "index": i,
                 "message": message,
                 "logprobs": chat_logprobs(choice.logprobs, choice.names) if asked else None,
-                "finish_reason": "tool_calls" if reader.calls else running.finish_reason(i),
+                "finish_reason": "tool_calls" if calls else running.finish_reason(i),
             }
         )
     return whole(running, "chat.completion", choices)

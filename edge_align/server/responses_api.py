@@ -42,7 +42,11 @@ def ask_of(body: Body, config: ServerConfig) -> Ask:
             raise bad(f"{name} needs a server that keeps state; send the whole conversation as input", param=name)
     if body.get("background"):
         raise bad("background is not supported; leave it out", param="background")
-    offer = {"tools": chat_tools(body), "tool_choice": chat_choice(body)}
+    offer = {
+        "tools": chat_tools(body, config),
+        "tool_choice": chat_choice(body),
+        "functions": body.get("functions"),
+    }
     tools = tool_calls.offered(offer, config)
     given = body.get("input")
     if isinstance(given, str):
@@ -69,13 +73,10 @@ def ask_of(body: Body, config: ServerConfig) -> Ask:
     return asks.with_tools(ask, offer, tools, config)
 
 
-def chat_tools(body: Body) -> list[Any] | None:
+def chat_tools(body: Body, config: ServerConfig) -> list[Any]:
     """The functions offered, as chat completions have them."""
-    given = body.get("tools")
-    if not isinstance(given, list):
-        return fields.items(body, "tools", most=0)
     found = []
-    for i, tool in enumerate(given):
+    for i, tool in enumerate(fields.items(body, "tools", most=config.tools) or []):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise bad(f'tools[{i}] must be {{"type": "function", "name": ...}}; no others are served', param="tools")
         found.append({"type": "function", "function": {name: tool[name] for name in tool if name != "type"}})
@@ -125,9 +126,8 @@ class Said:
 
 def said(running: Running) -> Said:
     ask = running.asks[0]
-    reader = CallReader(ask.tools, ask.forced)
-    text = reader.feed("".join(running.choices[0].text)) + reader.finish()
-    return Said(text, tuple(reader.calls))
+    text, calls = tool_calls.read("".join(running.choices[0].text), ask.tools, forced=ask.forced)
+    return Said(text, tuple(calls))
 
 
 def message(id: str, text: str | None) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def function(tools: Tools) -> list[dict[str, Any]]:
+def flat(tools: Tools) -> list[dict[str, Any]]:
     """The tools offered, in this protocol's form."""
     return [{"type": "function", "strict": None, **tool["function"]} for tool in tools]
 
@@ -181,7 +181,7 @@ def document(running: Running, answer: Said | None = None) -> dict[str, Any]:
         "store": False,
         "temperature": ask.sampling.temperature,
         "tool_choice": "required" if ask.forced else "auto" if ask.tools else "none",
-        "tools": function(ask.tools),
+        "tools": flat(ask.tools),
         "top_p": ask.sampling.top_p,
         "usage": None,
     }
@@ -218,7 +218,7 @@ async def events(running: Running) -> AsyncIterator[bytes]:
     reader, text, told = CallReader(ask.tools, ask.forced), "", 0
     async for _, decoded in running.events():
         text += reader.feed(decoded.chunk.text)
-        if text.strip() and told < len(text):
+        if told < len(text) and (told or text.strip()):
             yield (b"" if told else opened()) + event(
                 "response.output_text.delta", **place, delta=text[told:], logprobs=[]
             )

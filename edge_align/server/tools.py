@@ -168,6 +168,12 @@ class CallReader:
         return True
 
 
+def read(text: str, tools: Tools, *, forced: bool) -> tuple[str, list[Call]]:
+    """A whole answer, by `CallReader`: what of it is text, and the calls."""
+    reader = CallReader(tools, forced)
+    return reader.feed(text) + reader.finish(), reader.calls
+
+
 def names(tools: Tools) -> Sequence[str]:
     return [tool["function"]["name"] for tool in tools]
 

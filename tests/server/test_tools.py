@@ -355,12 +355,13 @@ def test_openais_client_gets_calls_from_responses_and_sends_back_results(told):
         items = [*asked, *[call.to_dict() for call in found.output], *results]
         told.backend.says = "Take an umbrella."
         later = client.responses.create(model=MODEL, input=items, tools=[FLAT], max_output_tokens=400)
+        shown = told.backend.detokenize(told.backend.rendered)
         told.backend.says = CALL
         with client.responses.stream(model=MODEL, input=asked, tools=[FLAT], max_output_tokens=400) as stream:
             calls = [event.item for event in stream if event.type == "response.output_item.done"]
     assert later.output_text == "Take an umbrella." and json.loads(calls[0].arguments) == ARGUMENTS
-    shown = told.backend.detokenize(told.backend.rendered)
     assert shown.count("weather of a town") == 1
+    assert f"assistant\n{CALL}\n{CALL}" in shown and shown.count("tool\nRain.") == 2
 
 
 @pytest.mark.parametrize(
@@ -368,6 +369,8 @@ def test_openais_client_gets_calls_from_responses_and_sends_back_results(told):
     [
         ({"tools": [{"type": "web_search"}]}, "no others"),
         ({"tools": 3}, "tools"),
+        ({"tools": [FLAT] * 129}, "entries"),
+        ({"functions": [{"name": "f"}]}, "older"),
         ({"tool_choice": {"type": "function", "name": "tides"}}, "does not offer"),
         ({"tool_choice": "required", "text": {"format": {"type": "json_object"}}}, "cannot both"),
         ({"input": [{"type": "function_call", "name": 3, "arguments": "{}"}]}, "function calls with names"),
