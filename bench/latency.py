@@ -20,14 +20,16 @@ from typing import Any
 
 import numpy as np
 from common import Bench, console, fresh_home, main, parser, progress, random_latent, ROOT, save_latent
+from latency_arms import bare, instead
+from rich.table import Table
 
 from edge_align.config import SamplingConfig
 from edge_align.errors import EdgeAlignError
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
-from edge_align.runtime.llama_native import NativeContext, Sampler
+from edge_align.runtime.llama_native import NativeContext
 from edge_align.speed import first_token, interleaved, interval, paired_ratio, PROMPT
 
-TTFT_LENGTHS = (32, 64, 128, 256, 512, 1024)
+TTFT_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 DRIVER = """
 import atexit, json, re, sys
 def report():
@@ -45,17 +47,33 @@ main()
 def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
-        args.runs, args.tokens, args.switches, args.ttft_runs = 2, 8, 2, 1
+        args.runs, args.tokens, args.switches, args.ttft_runs, args.arm_runs = 2, 8, 2, 1, 1
     z = random_latent(bench, 1)
     vectors = bench.pack.decode(z)
     found = {"tokens": args.tokens, "runs": args.runs, **decoding(bench, vectors)}
     found["switch"] = switching(bench, vectors)
     lengths = TTFT_LENGTHS[:2] if args.quick else TTFT_LENGTHS
     found["ttft"] = [asdict(first_token(bench.backend, vectors, n, runs=args.ttft_runs)) for n in lengths]
+    found["instead"] = instead(bench, vectors)
     found["memory"] = memory(bench, z)
     for name in ("steered_over_base", "ours_over_bare", "switch", "memory"):
         console.print(name, found[name])
+    show(found["instead"])
     return found
+
+
+def show(found: dict[str, Any]) -> None:
+    table = Table("", "first token", "tokens per second", "x profile's first token", "x its speed")
+    for name, row in found["arms"].items():
+        first, speed = row["first_token_over_profile"]["median"], row["speed_over_profile"]["median"]
+        cells = (
+            f"{1e3 * row['first_token_sec']:.0f} ms",
+            f"{row['tokens_per_sec']:.0f}",
+            f"{first:.2f}",
+            f"{speed:.3f}",
+        )
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------
@@ -70,7 +88,7 @@ def decoding(bench: Bench, vectors: SteeringVectors) -> dict[str, Any]:
         return join_chunks(list(backend.generate(prompt, vectors=steered, sampling=sampling))).stats.generation_tps
 
     arms = {
-        "bare": lambda: bare(context, prompt, sampling),
+        "bare": lambda: bare(context, prompt, sampling)[1],
         "base": lambda: ours(None),
         "steered": lambda: ours(vectors),
     }
@@ -81,31 +99,6 @@ def decoding(bench: Bench, vectors: SteeringVectors) -> dict[str, Any]:
         "steered_over_base": asdict(paired_ratio(speeds["steered"], speeds["base"])),
         "ours_over_bare": asdict(paired_ratio(speeds["base"], speeds["bare"])),
     }
-
-
-def bare(context: NativeContext, prompt: list[int], sampling: SamplingConfig) -> float:
-    """Tokens per second of the shortest loop there is: decode, sample, feed back."""
-    context.clear()
-    for start in range(0, len(prompt) - 1, context.n_batch):
-        context.decode_span(np.array(prompt[:-1][start : start + context.n_batch], np.int32), start)
-    sampler = Sampler(context.model, sampling, sampling.seed)
-    C, handle, batch, chain = context.C, context.pointer, context.batch, sampler.chain
-    context.seq[0], context.wanted[0] = 0, 1
-    batch.n_tokens = 1
-    token, position, count, start = prompt[-1], len(prompt) - 1, 0, 0.0
-    while count < sampling.max_tokens:
-        context.token[0], context.pos[0] = token, position
-        C.llama_decode(handle, batch)
-        token = C.llama_sampler_sample(chain, handle, -1)
-        position += 1
-        if not count:
-            start = time.perf_counter()
-        if C.llama_vocab_is_eog(context.model.vocab, token):
-            break
-        count += 1
-    seconds = time.perf_counter() - start
-    sampler.close()
-    return max(1, count - 1) / seconds
 
 
 def rounds(arms: dict[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
@@ -174,5 +167,6 @@ if __name__ == "__main__":
     p.add_argument("--tokens", type=int, default=96, help="decoded per run")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy in all arms")
     p.add_argument("--switches", type=int, default=60)
+    p.add_argument("--arm-runs", type=int, default=15, help="of what people would use instead")
     p.add_argument("--ttft-runs", type=int, default=11)
     main(run, p.parse_args(), __file__)

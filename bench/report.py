@@ -8,42 +8,22 @@ Every figure of a row comes from one result: the newest that holds it. A number 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+from report_cost import latency, scale, serving
+from report_parts import earlier, mean, percent, Result, Results, ROOT, source, table
+
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "plots"
-MODELS = ROOT / "models"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- begin: bench/report.py -->", "<!-- end: bench/report.py -->"
-
-Result = dict[str, Any]
 
 SIZES = (100, 20)  # pairs
 FLIP = 0.25  # share of wrong verdicts
 OURS = "edge-align"  # the arm
 PROMPTED = ("written preference", "three pairs in the prompt")  # arms that no pack has a part in
-
-
-class Results:
-    """The documents of bench/results, oldest first. `used`: those that were asked for."""
-
-    def __init__(self, folder: Path = RESULTS) -> None:
-        found = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("*.json")]
-        self._all: list[Result] = sorted(found, key=lambda result: (result["date"], result["file"]))
-
-    def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True) -> Result:
-        """Raises LookupError when there is none."""
-        for result in reversed(self._all):
-            if result["script"] == script and not result["options"].get("quick") and where(result):
-                return result
-        raise LookupError(f"no result of {script}.py under {RESULTS}")
 
 
 def gate_of(results: Results, pairs: int) -> tuple[Result, Result]:
@@ -52,49 +32,6 @@ def gate_of(results: Results, pairs: int) -> tuple[Result, Result]:
     result = results.newest("nulls", where=lambda r: size in r.get("gate", {}).get("true", {}))
     rows = [row for row in result["gate"]["rows"] if row["pairs"] == pairs]
     return result, {kind: [row for row in rows if row["kind"] == kind] for kind in ("true", "shuffled")}
-
-
-# -- words ---------------------------------------------------------------------------------------------------------
-def percent(share: float, digits: int = 0) -> str:
-    return f"{100 * share:.{digits}f} %"
-
-
-def ratio(found: Result, digits: int = 3) -> str:
-    """A median with its 95 % interval."""
-    return f"{found['median']:.{digits}f} ({found['ci_low']:.{digits}f} to {found['ci_high']:.{digits}f})"
-
-
-def mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def earlier(result: Result) -> str:
-    """A remark where the pack has been replaced since."""
-    shipped = {json.loads(path.read_text())["tensors_sha256"] for path in MODELS.glob("*/manifest.json")}
-    return "" if result.get("pack_hash") in {None, *shipped} else " (by an earlier pack)"
-
-
-def source(result: Result) -> str:
-    """The command, the machine and the file of a result."""
-    hidden = ("quick", "seed", "threads")
-    options = [
-        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for key, value in result["options"].items()
-        if key not in hidden and value not in (None, False)
-    ]
-    machine = result["machine"]
-    bf16 = "with" if machine["bf16"] else "without"
-    return (
-        f"`python bench/{result['script']}.py {' '.join(options)}` at {result['commit']}, {result['date'][:10]}, "
-        f"{machine['cores']} cores of {machine['cpu']} {bf16} bfloat16 instructions: "
-        f"[{result['file']}](../bench/results/{result['file']}){earlier(result)}"
-    )
 
 
 # -- sections ------------------------------------------------------------------------------------------------------
@@ -365,96 +302,6 @@ def learning(results: Results) -> str:
     return f"{said}\n\n{text}\n\n{source(result)}\n\n{beside}\n\n{source(lora)}"
 
 
-def latency(results: Results) -> str:
-    result = results.newest("latency")
-    rows = [
-        ["steered over unsteered decoding", ratio(result["steered_over_base"], 4)],
-        ["our loop over a bare `llama_decode` loop", ratio(result["ours_over_bare"], 4)],
-        [
-            "switching profile: setting it and what the next token then costs more",
-            f"{result['switch']['total_ms']:.1f} ms",
-        ],
-        ["memory of `generate`, 2,048 tokens of context", f"{result['memory']['peak_rss_mb']:.0f} MB"],
-    ]
-    first = [
-        [
-            str(row["prompt_tokens"]),
-            f"{1000 * row['base_sec']:.0f} ms",
-            f"{1000 * row['personal_sec']:.0f} ms",
-            ratio(row["ratio"]),
-        ]
-        for row in result["ttft"]
-    ]
-    speed = result["tokens_per_sec"]
-    said = f"llama.cpp, {result['runs']} interleaved runs of {result['tokens']} tokens, medians with 95 % intervals; "
-    said += ", ".join(f"{name} {value:.0f}" for name, value in speed.items()) + " tokens per second."
-    onnx = results.newest("onnx_latency")
-    second = [
-        ["ONNX Runtime over llama.cpp", ratio(onnx["onnx_over_llamacpp"])],
-        ["steered over unsteered", ratio(onnx["steered_over_base"])],
-        [
-            f"{onnx['batch_rows']} rows with {onnx['batch_rows']} vectors over the same rows unsteered",
-            ratio(onnx["batch_steered_over_base"]),
-        ],
-    ]
-    more = f"ONNX Runtime, {onnx['precision']}, {onnx['runs']} interleaved runs of {onnx['tokens']} tokens; "
-    more += ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in onnx["tokens_per_sec"].items())
-    return "\n\n".join(
-        [
-            said,
-            table(["", "median (95 % interval)"], rows),
-            table(["prompt tokens", "first token, base", "personal", "ratio"], first),
-            source(result),
-            more + " tokens per second.",
-            table(["", "median (95 % interval)"], second),
-            source(onnx),
-        ]
-    )
-
-
-def serving(results: Results) -> str:
-    """What `server_load.py` measured, of the parts that have a result."""
-    parts = []
-    for part, rows_of in SERVER_PARTS.items():
-        try:
-            result = results.newest("server_load", where=lambda r, part=part: part in r)
-        except LookupError:
-            continue
-        parts.append(f"{table(['', ''], rows_of(result[part]))}\n\n{source(result)}")
-    return "\n\n".join(parts)
-
-
-def _start(found: Result) -> list[list[str]]:
-    worst = found["first_answer_worst_sec"]
-    return [
-        [
-            f"process start to first answer, {name}, {found['starts']} starts",
-            f"{median:.2f} s, worst {worst[name]:.2f} s",
-        ]
-        for name, median in found["first_answer_sec"].items()
-    ]
-
-
-def _against(found: Result) -> list[list[str]]:
-    rows = []
-    for row in found["rows"]:
-        who = f"{row['clients']} client{'s' if row['clients'] > 1 else ''}"
-        rows.append(
-            [f"tokens per second over llama-cpp-python's server, {who}", ratio(row["tokens_ours_over_theirs"], 2)]
-        )
-        rows.append([f"time to first token over its, {who}", ratio(row["ttft_ours_over_theirs"], 2)])
-    return rows
-
-
-def _prefix(found: Result) -> list[list[str]]:
-    name = (
-        f"first token of a second profile on a system prompt of {found['prompt_tokens']:.0f} tokens, over the first's"
-    )
-    return [[name, ratio(found["second_over_cold"])]]
-
-
-SERVER_PARTS = {"start": _start, "against": _against, "prefix": _prefix}
-
 SECTIONS = (
     ("Do people prefer the personal answers?", quality),
     ("When verdicts are wrong", flipped),
@@ -464,6 +311,7 @@ SECTIONS = (
     ("The gate", gate),
     ("Time to learn a person", learning),
     ("Latency", latency),
+    ("How cost grows", scale),
     ("The server", serving),
 )
 

@@ -92,6 +92,7 @@ def equality(bench: Bench) -> dict[str, Any]:
                     different += alone.text != reply.text or alone.about != reply.about
                     tell(i)
     return {
+        "engine": bench.base.engine,
         "requests": len(told),
         "clients": args.clients,
         "profiles": len(names),

@@ -32,6 +32,14 @@ from edge_align.runtime.llama_native import n_cores
 from edge_align.simulation.prompts import prompts
 
 WAIT_SEC = 600.0  # for one answer, and for a server to be ready
+THEIRS = """
+import runpy
+import llama_cpp.llama_cpp as C
+from edge_align.runtime.llama_native import model_params
+given = model_params()
+C.llama_model_default_params = lambda: given  # their crash on AMX is not what is measured
+runpy.run_module("llama_cpp.server", run_name="__main__")
+"""
 CLI = "from edge_align.cli.main import main; main()"
 JSON = {"Content-Type": "application/json"}
 
@@ -237,8 +245,8 @@ def llama_cpp_server(bench: Bench) -> Iterator[Server]:
         "interrupt_requests": "false",  # else a new request ends the one before it
         "verbose": "false",
     }
-    command = [sys.executable, "-m", "llama_cpp.server", *(part for k, v in options.items() for part in (f"--{k}", v))]
-    with _running(command, dict(os.environ)) as (process, log):
+    command = [sys.executable, "-c", THEIRS, *(part for k, v in options.items() for part in (f"--{k}", v))]
+    with _running(command, os.environ | {"PYTHONPATH": str(ROOT)}) as (process, log):
         yield Server(port, process, log)
 
 

@@ -110,7 +110,7 @@ class Assistant:
             return
         store = ProfileStore(self._home)
         current = store.current()
-        if current is not None and current in store.names() and store.active_version(current) is not None:
+        if current is not None and store.has(current) and store.active_version(current) is not None:
             self.set_profile(current)
 
     def __enter__(self) -> Self:

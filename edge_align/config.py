@@ -72,11 +72,13 @@ class RuntimeConfig:
     n_ctx: int = 2048  # tokens
     n_threads: int = 0  # 0: one per physical core the process may use
     n_gpu_layers: int = 0  # passed through to a GPU build
+    n_rows: int = 1  # answers that are decoded in one batch, where the engine steers every row on its own
 
     def __post_init__(self) -> None:
         bounded(self.n_ctx, 64, 1_048_576, "n-ctx")
         bounded(self.n_threads, 0, 1024, "threads")
         bounded(self.n_gpu_layers, -1, 10_000, "n-gpu-layers")
+        bounded(self.n_rows, 1, 256, "n-rows")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ FOLDS = 10
 MANY_ROWS = 100
 """Of more rows than this, four fifths teach as well as nine tenths, and half the folds take half the time."""
 
+MIN_PROMPTS = 4
+"""Verdicts on fewer prompts than this say nothing about a direction beyond these prompts."""
+
 HEAD_ROWS = 40
 """Below this many rows a prompt-dependent head is not tried."""
 
@@ -106,19 +109,29 @@ def agreement(feedback: LatentFeedback, *, permutations: int, rng: np.random.Gen
     times its label less the mean label: what the mean direction of all other prompts says of each row left out, summed.
     Rows are divided by the root of their length, so that no single one decides.
     """
+    rows, groups = _rows(feedback)
+    alike = (rows @ rows.T) * (groups[:, None] != groups[None])
+    n = len(feedback.chosen)
+    flips = rng.integers(0, 2, (permutations + 1, n)) * 2.0 - 1
+    flips[0] = 1
+    labels = _centred(feedback.rated_up)
+    said = np.concatenate([flips, np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])], axis=1)
+    return np.asarray(((said @ alike) * said).sum(1))
+
+
+def _rows(feedback: LatentFeedback) -> tuple[np.ndarray, np.ndarray]:
+    """What each verdict says before its label, (n + m, k), divided by the root of its length; its prompt, (n + m,)."""
     rows = np.concatenate([feedback.chosen - feedback.rejected, feedback.rated])
     weight = np.concatenate([feedback.pair_weight, feedback.rated_weight])
     length = np.linalg.norm(rows, axis=1)
     rows = rows * (weight / np.sqrt(np.maximum(length, 1e-12)))[:, None]
-    groups = np.concatenate([feedback.pair_group, feedback.rated_group])
-    alike = (rows @ rows.T) * (groups[:, None] != groups[None])
-    n, m = len(feedback.chosen), len(feedback.rated)
-    flips = rng.integers(0, 2, (permutations + 1, n)) * 2.0 - 1
-    flips[0] = 1
-    labels = feedback.rated_up * 2.0 - 1
-    labels = labels - labels.mean() if m else labels
-    said = np.concatenate([flips, np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])], axis=1)
-    return np.asarray(((said @ alike) * said).sum(1))
+    return rows, np.concatenate([feedback.pair_group, feedback.rated_group])
+
+
+def _centred(up: np.ndarray) -> np.ndarray:
+    """Labels of ratings, +1 and -1, less their mean; (m,) bool -> (m,)."""
+    labels = up * 2.0 - 1
+    return np.asarray(labels - labels.mean() if len(labels) else labels)
 
 
 def _left_out(
@@ -178,36 +191,22 @@ def compare_on_new(
     return float(right[0, new].mean()), float(right[1, new].mean())
 
 
-def split_half_reliability(
-    feedback: LatentFeedback, contrasts: Contrasts, *, config: LatentDPOConfig, splits: int = 24, seed: int = 0
-) -> float:
-    """How well the learnt direction would come out again from fresh feedback, 0 to 1.
+def direction_reliability(feedback: LatentFeedback) -> float:
+    """How well the direction of the verdicts is known, 0 to 1: the squared cosine to expect with its true one.
 
-    Prompts are split into halves at random; c is the mean cosine between the two halves' directions, and
-    2c / (1 + c) steps it up to all rows (Spearman 1910, Brown 1910). Noise gives about 0, whatever its amount.
+    The squared length of the rows' sum is what the person's taste and chance put there together; agreement across
+    prompts, brought to as many terms, is the taste's part alone, for chance does not agree with itself. Noise gives
+    about 0, whatever its amount.
     """
-    n, m = len(feedback.chosen), len(feedback.rated)
-    rng = np.random.default_rng(seed + 2)
-    groups = np.concatenate([feedback.pair_group, feedback.rated_group])
-    unique, inverse = np.unique(groups, return_inverse=True)
-    if len(unique) < 4:
+    rows, groups = _rows(feedback)
+    labels = _centred(feedback.rated_up)
+    signed = rows * np.concatenate([np.ones(len(feedback.chosen)), labels])[:, None]
+    if len(np.unique(groups)) < MIN_PROMPTS:
         return 0.0
-    halves = []
-    for _ in range(splits):
-        first = (rng.permutation(len(unique)) < len(unique) // 2)[inverse]
-        halves += [first, ~first]
-    inside = np.stack(halves).astype(np.float32)
-    theta = fit_batch(
-        contrasts,
-        torch.from_numpy(inside[:, :n] * feedback.pair_weight),
-        torch.from_numpy(np.broadcast_to(feedback.rated_up, (2 * splits, m)).copy()),
-        torch.from_numpy(inside[:, n:] * feedback.rated_weight),
-        k=feedback.k,
-        config=config,
-    )
-    a, b = theta[0::2], theta[1::2]
-    cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=1).mean())
-    return 2 * cosine / (1 + cosine) if cosine > 0.0 else 0.0
+    apart = groups[:, None] != groups[None]
+    between = float((signed @ signed.T)[apart].mean()) * len(rows) ** 2
+    total = float((signed.sum(0) ** 2).sum())
+    return min(1.0, max(0.0, between / total)) if total > 0.0 else 0.0
 
 
 def earns_head(feedback: LatentFeedback, contrasts: Contrasts, *, config: LatentDPOConfig, seed: int = 0) -> bool:

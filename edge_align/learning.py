@@ -14,7 +14,7 @@ from edge_align.encoder import PreferenceEncoder
 from edge_align.engines import open_backend, open_tokenizer
 from edge_align.features import embedding_table, MAX_TOKENS, open_base_encoder, prompt_features
 from edge_align.fluency import CONTEXT, fluent_factor
-from edge_align.gate import compare_on_new, cross_validate, earns_head, HeldOut, split_half_reliability, wilson
+from edge_align.gate import compare_on_new, cross_validate, direction_reliability, earns_head, HeldOut, wilson
 from edge_align.latent_dpo import draw_contrasts, fit, fit_head, LatentDPOConfig, LatentFeedback
 from edge_align.pack import LatentPack
 from edge_align.pairs import Dataset
@@ -34,7 +34,7 @@ class Learnt:
     encoder: PreferenceEncoder
     latents: np.ndarray
     heldout: HeldOut
-    reliability: float  # of the direction, 0..1: split-half correlation stepped up to all rows
+    reliability: float  # of the direction, 0..1: its squared cosine with the true one, estimated
     outside_support: float  # share of answers the pack knows little about
 
 
@@ -110,7 +110,7 @@ def learn(pack: LatentPack, feedback: LatentFeedback, *, seed: int, config: Late
         encoder=encoder,
         latents=latents,
         heldout=heldout,
-        reliability=split_half_reliability(feedback, contrasts, config=config, seed=seed),
+        reliability=direction_reliability(feedback),
         outside_support=float((np.linalg.norm(every, axis=1) > SUPPORT * np.sqrt(pack.k)).mean()),
     )
 

@@ -253,7 +253,7 @@ def _worse_than_active(
     from edge_align.encoder import PreferenceEncoder
     from edge_align.learning import compare_with
 
-    if profile not in store.names() or store.active_version(profile) is None:
+    if not store.has(profile) or store.active_version(profile) is None:
         return None
     usable = store.load_usable(profile, expect={"base_hash": base.hash})
     if usable.manifest.get("pack_hash") != pack.hash:
@@ -357,7 +357,7 @@ def _reason(*, passed: bool, config: PersonalizeConfig, more: int | None, total:
     elif not config.activate:
         parts.append("not activated (--no-activate)")
     if scale == 0.0:
-        parts.append("two halves of the feedback do not agree on a direction, so it does not steer yet")
+        parts.append("the verdicts on different prompts do not agree on a direction, so it does not steer yet")
     if total > NEWEST:
         parts.append(f"trained on the newest {NEWEST:,} of {total:,} rows")
     return "; ".join(parts) or None

@@ -108,11 +108,14 @@ class ProfileStore:
         """All profiles that have a folder, sorted; links and folders that cannot be ours are left out."""
         folder = self._home.profiles_dir
         with storage_errors(folder):
-            try:
-                entries = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
-            except FileNotFoundError:
-                return ()
-        return tuple(sorted(entry.name for entry in entries if is_name(entry.name)))
+            found = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        return tuple(sorted(name for name in found if self.has(name)))
+
+    def has(self, name: str) -> bool:
+        """Is `name` one of `names()`? Costs the same however many there are."""
+        folder = self._home.profiles_dir / name
+        with storage_errors(folder):
+            return is_name(name) and folder.is_dir() and not folder.is_symlink()
 
     def list(self) -> tuple[ProfileSummary, ...]:
         """All profiles with what a person wants to know about them; a damaged one is listed with its damage."""
@@ -258,7 +261,7 @@ class ProfileStore:
                 sync_dir(folder.parent)
             with suppress(ArtefactError):
                 if read_choice(self._home.state_file) == name:
-                    self._choose(new)
+                    write_choice(self._home.state_file, new)
 
     def remove(self, name: str) -> None:
         """Delete a profile with all its versions. Its feedback is forgotten elsewhere."""
@@ -266,7 +269,7 @@ class ProfileStore:
         with self._writing(name):
             with suppress(ArtefactError):
                 if read_choice(self._home.state_file) == name:
-                    self._choose(None)
+                    write_choice(self._home.state_file, None)
             with storage_errors(folder):  # out of sight in one step; a kill after it leaves the rest to the next writer
                 os.rename(folder, folder.parent / f"{_REMOVED}{secrets.token_hex(8)}")
                 sync_dir(folder.parent)
@@ -275,14 +278,15 @@ class ProfileStore:
     def current(self) -> str | None:
         """The profile in use; None when none was chosen or it is gone."""
         name = read_choice(self._home.state_file)
-        return name if name in self.names() else None
+        return name if name is not None and self.has(name) else None
 
     def use(self, name: str | None) -> None:
         """Choose the profile in use; None for no profile."""
         if name is not None:
             self._existing(name)
         with self._home.write_lock("profiles"):
-            self._choose(name)
+            make_private_dir(self._home.root)
+            write_choice(self._home.state_file, name)
 
     def export(self, name: str, version: int | None, path: Path, *, overwrite: bool = False) -> None:
         """Write a version, by default the active one, as a single file (zip); the same version gives the same bytes."""
@@ -306,8 +310,7 @@ class ProfileStore:
 
     def _folder(self, name: str) -> Path:
         folder = self._home.profiles_dir / check_name("profile", name)
-        if folder.is_symlink():
-            raise StorageError(f"{shown(folder)} is a symbolic link; put the real folder in its place")
+        _check_real(folder)
         return folder
 
     def _existing(self, name: str) -> Path:
@@ -359,17 +362,12 @@ class ProfileStore:
 
     def _open(self, name: str, version: int) -> Loaded:
         place = _path(self._existing(name), version)
-        if place.is_symlink():
-            raise StorageError(f"{shown(place)} is a symbolic link; put the real folder in its place")
+        _check_real(place)
         manifest = read_file(place / MANIFEST, limit=SIZE_LIMIT)
         return parse_version(read_file(place / TENSORS, limit=SIZE_LIMIT), manifest, name=shown(place))
 
     def _activations(self, name: str) -> tuple[int, ...]:
         return read_activations(self._existing(name) / ACTIVE)
-
-    def _choose(self, name: str | None) -> None:
-        make_private_dir(self._home.root)
-        write_choice(self._home.state_file, name)
 
     def _summary(self, name: str, *, current: bool) -> ProfileSummary:
         active, damage = None, None
@@ -386,6 +384,11 @@ def _path(folder: Path, version: int) -> Path:
     return folder / f"v{version:04d}"
 
 
+def _check_real(folder: Path) -> None:
+    if folder.is_symlink():
+        raise StorageError(f"{shown(folder)} is a symbolic link; put the real folder in its place")
+
+
 def _none_active(name: str) -> InputError:
     return InputError(f"profile {name} has no active version; give it more feedback and personalize again")
 
@@ -393,8 +396,5 @@ def _none_active(name: str) -> InputError:
 def _numbers(folder: Path) -> list[int]:
     """Numbers of all version folders, complete or not, ascending."""
     with storage_errors(folder):
-        try:
-            found = [_VERSION.fullmatch(entry.name) for entry in folder.iterdir()]
-        except FileNotFoundError:
-            return []
+        found = [_VERSION.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in found if match)

@@ -25,8 +25,7 @@ from edge_align.simulation.prompts import prompts
 from scripts.tiny_models import write_gguf
 
 BENCH = Path(__file__).parent.parent / "bench"
-SHARED = ("common.py", "lora_dpo.py", "report.py", "serving.py", "serving_learning.py", "serving_soak.py")
-SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name not in SHARED)
+SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if "main(run, " in path.read_text())
 K, INPUTS = 6, 3
 
 
@@ -55,6 +54,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "latent_dpo_vs_logistic",
         "nulls",
         "report",
+        "scale",
         "serving",
         "serving_learning",
         "serving_soak",
@@ -355,6 +355,20 @@ def test_a_result_that_json_cannot_hold_is_an_error(bench: dict[str, ModuleType]
         bench["common"].emit(document, save=False)
 
 
+def test_cost_is_fitted_over_the_larger_half_of_the_sizes(bench: dict[str, ModuleType]) -> None:
+    rows = [{"n": n, "flat": 5.0, "square": 2.0 * n**2} for n in (10, 100, 1000, 10_000)]
+    rows[0]["square"] = 1e9  # a fixed cost at small sizes
+    found = bench["scale"].exponents(rows, "n", ["flat", "square"])
+    assert found == pytest.approx({"flat": 0.0, "square": 2.0}, abs=1e-9)
+
+
+def test_random_bases_and_made_up_people_are_timed_at_every_size(tiny_workplace: tuple[str, ...]) -> None:
+    found = run("scale.py", *tiny_workplace)
+    assert [row["pairs"] for row in found["pairs"]["rows"]] == [12, 24]
+    assert [row["profiles"] for row in found["profiles"]["rows"]] == [4, 8]
+    assert all(row["append_one_sec"] > 0 for row in found["rows"]["rows"])
+
+
 def test_page_and_readme_say_what_the_results_say() -> None:
     done = subprocess.run([sys.executable, str(BENCH / "report.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stderr}run: python bench/report.py"
@@ -362,7 +376,7 @@ def test_page_and_readme_say_what_the_results_say() -> None:
 
 def test_the_report_follows_the_newest_result_that_holds_a_figure(tmp_path: Path, bench: dict[str, ModuleType]) -> None:
     report = bench["report"]
-    for path in report.RESULTS.glob("*.json"):
+    for path in (report.ROOT / "bench" / "results").glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     newest = report.Results(tmp_path).newest("latency")
     changed = newest | {"date": "2999-01-01T00:00:00Z", "switch": newest["switch"] | {"total_ms": 4.56}}

@@ -11,11 +11,11 @@ from reference.people import direction, feedback
 from edge_align.gate import (
     agreement,
     cross_validate,
+    direction_reliability,
     earns_head,
     folds,
     GATE_P,
     HeldOut,
-    split_half_reliability,
     wilson,
 )
 from edge_align.latent_dpo import draw_contrasts, LatentDPOConfig
@@ -133,26 +133,57 @@ def test_rows_that_are_missing_grow_with_the_square_of_the_missing_z():
 
 
 class TestReliability:
-    def of(self, people) -> float:
-        contrasts = draw_contrasts(people, np.full(people.k, 0.4, np.float32), config=CONFIG, seed=0)
-        return split_half_reliability(people, contrasts, config=CONFIG, seed=0)
-
     def test_is_near_zero_for_chance(self):
-        assert np.mean([self.of(feedback(pairs=40, k=64, seed=i)) for i in range(12)]) < 0.2
+        assert np.mean([direction_reliability(feedback(pairs=40, k=64, seed=i)) for i in range(12)]) < 0.2
 
     def test_is_near_one_for_a_strong_taste(self):
-        assert self.of(feedback(pairs=200, taste=direction())) > 0.9
-        assert self.of(feedback(ratings=300, taste=direction())) > 0.8
+        assert direction_reliability(feedback(pairs=200, taste=direction())) > 0.9
+        assert direction_reliability(feedback(ratings=300, taste=direction())) > 0.8
+
+    @pytest.mark.parametrize("flip", [0.0, 0.25])
+    @pytest.mark.parametrize("pairs", [20, 100])
+    def test_is_the_squared_cosine_of_what_the_rows_say_with_the_taste_they_come_from(self, pairs, flip):
+        taste, cosines, found = direction(k=32, size=1.0), [], []
+        for seed in range(60):
+            people = feedback(pairs=pairs, k=32, taste=taste, noise=1.5, seed=seed)
+            wrong = np.random.default_rng(1000 + seed).random(pairs) < flip
+            swapped = [
+                np.where(wrong[:, None], b, a)
+                for a, b in ((people.chosen, people.rejected), (people.rejected, people.chosen))
+            ]
+            people = replace(people, chosen=swapped[0], rejected=swapped[1])
+            rows = people.chosen - people.rejected
+            said = (rows / np.linalg.norm(rows, axis=1, keepdims=True) ** 0.5).sum(0)
+            cosines.append(said @ taste / np.linalg.norm(said) / np.linalg.norm(taste))
+            found.append(direction_reliability(people))
+        assert np.mean(found) == pytest.approx(np.mean(np.square(cosines)), abs=0.06)
 
     def test_grows_with_evidence(self):
         few, many = (
-            np.mean([self.of(feedback(pairs=n, taste=direction(size=1.0), noise=2.0, seed=i)) for i in range(6)])
+            np.mean(
+                [
+                    direction_reliability(feedback(pairs=n, taste=direction(size=1.0), noise=2.0, seed=i))
+                    for i in range(6)
+                ]
+            )
             for n in (12, 120)
         )
         assert few < many - 0.1
 
+    def test_ratings_and_pairs_count_together_and_a_constant_in_all_rated_answers_does_not(self):
+        names = ("rated", "rated_up", "rated_weight", "rated_features", "rated_group")
+        found = []
+        for seed in range(8):
+            both = feedback(pairs=60, ratings=60, taste=direction(size=1.0), noise=2.0, seed=seed)
+            pairs_alone = replace(both, **{name: getattr(both, name)[:0] for name in names})
+            all_liked = replace(both, rated=both.rated + 5.0, rated_up=np.ones(60, bool))
+            found.append([direction_reliability(given) for given in (both, pairs_alone, all_liked)])
+        of_both, of_pairs, of_liked = np.mean(found, axis=0)
+        assert of_both > of_pairs
+        assert of_liked == pytest.approx(of_pairs, abs=0.02)
+
     def test_of_under_four_prompts_is_zero(self):
-        assert self.of(feedback(pairs=30, per_prompt=10, taste=direction())) == 0.0
+        assert direction_reliability(feedback(pairs=30, per_prompt=10, taste=direction())) == 0.0
 
 
 class TestTheHead:

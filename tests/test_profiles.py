@@ -334,6 +334,9 @@ def test_links_in_place_of_a_profile_a_version_or_a_file_are_refused(store, home
     with pytest.raises(StorageError, match="symbolic link"):
         store.save("link", tensors(1), MANIFEST)
     assert store.names() == ("real",)
+    assert store.has("real")
+    assert not any(store.has(entry.name) for entry in store._home.profiles_dir.iterdir() if entry.name != "real")
+    assert not any(store.has(name) for name in ("", ".", "..", "real/..", "unreal", "a\0b"))
     folder = version_folder(home, "real", 1)
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")

@@ -218,10 +218,10 @@ def rename(app: App, name: str, new: str) -> None:
         rows = log.count(name)
         if rows and log.count(new):
             raise InputError(f"there is feedback for a profile {new} already; choose another name")
-        learnt = name in store.names()
+        learnt = store.has(name)
         if learnt or not rows:
             store.rename(name, new)
-        elif new in store.names():
+        elif store.has(new):
             raise InputError(f"there is a profile {new} already; choose another name")
         try:
             log.rename(name, new)
@@ -246,7 +246,7 @@ def rm(app: App, name: str, with_feedback: bool, yes: bool) -> None:
     store = ProfileStore(app.home)
     with FeedbackLog(app.home) as log:
         rows = log.count(name)
-        learnt = name in store.names()
+        learnt = store.has(name)
         if not learnt and not (with_feedback and rows):
             store.versions(name)  # an error that names the known profiles
         forgets = f" and {plural(rows, 'row')} of its feedback" if with_feedback else ""

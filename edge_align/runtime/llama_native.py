@@ -53,6 +53,18 @@ def api() -> Any:
     return C
 
 
+def model_params() -> Any:
+    """llama.cpp's defaults, with Intel's matrix units (AMX) left alone.
+
+    llama.cpp's AMX kernels end the process with a general protection fault where a GCC before 14 (11.5, 12.4, 13.3)
+    compiled them: it drops half of the 64 bytes that `ldtilecfg` reads (GCC bug 114098, llama.cpp issue 20824). They
+    take part through weights laid out anew at loading, which is what is switched off.
+    """
+    params = api().llama_model_default_params()
+    params.use_extra_bufts = b"AMX_INT8 = 1" not in api().llama_print_system_info()
+    return params
+
+
 def n_cores() -> int:
     """Cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -74,7 +86,7 @@ class NativeModel:
                 "this build of llama-cpp-python has no GPU support; leave out --n-gpu-layers, or reinstall it with "
                 'CMAKE_ARGS="-DGGML_CUDA=on" (or -DGGML_METAL=on, -DGGML_VULKAN=on)'
             )
-        params = C.llama_model_default_params()
+        params = model_params()
         params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
         _errors.clear()
         _offloads.clear()

@@ -46,12 +46,10 @@ def check_vectors(info: BackendInfo, vectors: SteeringVectors | None) -> np.ndar
     return None if vectors.is_zero else vectors.array[None]
 
 
-def steering_rows(info: BackendInfo, vectors: BatchVectors, n: int) -> np.ndarray | None:
-    """(1 or n, n_layer, d_model), or None for the base."""
+def steering_rows(info: BackendInfo, vectors: BatchVectors, n: int) -> list[np.ndarray | None]:
+    """`check_vectors` of each of `n` rows. Raises InputError, also where there are not n."""
     if vectors is None or isinstance(vectors, SteeringVectors):
-        return check_vectors(info, vectors)
+        return [check_vectors(info, vectors)] * n
     if len(vectors) != n:
         raise InputError(f"{n} prompts and {len(vectors)} steering vectors do not pair up")
-    zero = np.zeros((1, info.n_layer, info.d_model), np.float32)
-    found = [check_vectors(info, each) for each in vectors]
-    return np.concatenate([zero if each is None else each for each in found])
+    return [check_vectors(info, each) for each in vectors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,20 +166,29 @@ class OnnxDecoder:
             raise BackendError(f"ONNX Runtime could not decode: {one_line(error)}") from error
         return bound.logits
 
-    def save(self, n: int) -> bytes:
-        """Keys and values of the first `n` tokens of the first row."""
-        return b"".join(value.numpy()[0, :, :n].tobytes() for value in self.cache.values())
+    def save(self, row: int, n: int) -> bytes:
+        """Keys and values of the first `n` tokens of a row."""
+        return b"".join(self._array(value)[row, :, :n].tobytes() for value in self.cache.values())
 
-    def load(self, data: bytes, n: int) -> bool:
-        """Put what `save` gave for `n` tokens into the first row; False where it is of another size."""
+    def load(self, row: int, data: bytes, n: int) -> bool:
+        """Put what `save` gave for `n` tokens into a row; False where it is of another size."""
         shape = (len(self.cache), self.model.n_head_kv, n, self.model.d_head)
         if n > self.room or len(data) != int(np.prod(shape)) * np.dtype(self.float).itemsize:
             return False
         for value, part in zip(self.cache.values(), np.frombuffer(data, self.float).reshape(shape), strict=True):
-            whole = value.numpy()
-            whole[0, :, :n] = part
-            value.update_inplace(whole)  # the memory that is bound to the graph
+            whole = self._array(value)
+            whole[row, :, :n] = part
+            if self.device != "cpu":
+                value.update_inplace(whole)  # the memory that is bound to the graph
         return True
+
+    def _array(self, value: Any) -> np.ndarray:
+        """(rows, n_head_kv, room, d_head): the cache's own memory on a CPU, a copy of another device's."""
+        if self.device != "cpu":
+            return np.asarray(value.numpy())
+        shape = value.shape()
+        bytes_of = (ctypes.c_byte * (self.row_bytes * shape[0])).from_address(value.data_ptr())
+        return np.frombuffer(bytes_of, self.float).reshape(shape)
 
 
 def one_line(error: BaseException) -> str:

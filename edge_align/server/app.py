@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def create_app(
     check_reach(config.host, keys)
     if config.profile is not None:
         check_name("profile", config.profile)
-    decoder = Decoder(open_engine or opener(home, model, runtime or RuntimeConfig()), config)
+    runtime = replace(runtime or RuntimeConfig(), n_rows=config.slots)
+    decoder = Decoder(open_engine or opener(home, model, runtime), config)
     service = Service(
         config=config,
         keys=keys,

@@ -65,7 +65,7 @@ class Shelf:
 
     def steering(self, name: str, prompt: Prompt, strength: float) -> Steering | None:
         """Vectors of the active version of `name`, reread from disk when another one was activated."""
-        if name not in self._store.names():
+        if not self._store.has(name):
             return None
         active = self._store.active_version(name)
         if active is None:

@@ -55,7 +55,7 @@ class Learner:
     def _learnt_from(self, profile: str) -> int:
         """Rows in the log when the newest version was learnt."""
         with suppress(EdgeAlignError):
-            if profile in self._store.names() and (versions := self._store.versions(profile)):
+            if self._store.has(profile) and (versions := self._store.versions(profile)):
                 _, manifest = self._store.load(profile, versions[-1])
                 return int(manifest.get("logged", 0))
         return 0

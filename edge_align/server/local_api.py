@@ -69,7 +69,7 @@ async def profile(request: Request, name: str) -> Response:
     """A profile and its history, the oldest version first."""
     service = service_of(request)
     service.check_profile(name, caller_of(request))
-    versions = service.store.history(name) if name in service.store.names() else ()
+    versions = service.store.history(name) if service.store.has(name) else ()
     shown = [
         {
             "version": one.number,
@@ -109,7 +109,7 @@ async def learn(request: Request, name: str) -> Response:
 
 
 async def summary(service: Service, name: str) -> dict[str, Any]:
-    active = service.store.active_version(name) if name in service.store.names() else None
+    active = service.store.active_version(name) if service.store.has(name) else None
     report = service.learner.reports.get(name, {})
     return {
         "id": name,

@@ -190,7 +190,7 @@ class Service:
             raise bad("a profile is given by its name: letters, digits, '.', '_', '-'", param="steering.profile")
         if not caller.may_use(name):
             raise Refusal(403, "this API key may not use that profile; leave it out", code="profile_forbidden")
-        if name not in self.profiles(caller):
+        if not (name in self.keys.profiles or name == self.default_profile or self.store.has(name)):
             raise Refusal(
                 404, "there is no profile of that name; GET /v1/profiles lists yours", code="profile_not_found"
             )

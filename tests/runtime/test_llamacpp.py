@@ -11,6 +11,7 @@ from edge_align.bases import BaseModel
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow, InputError, SessionClosed
 from edge_align.records import Completion, join_chunks, Message, SteeringVectors, user_prompt
+from edge_align.runtime.llama_native import api, model_params
 from edge_align.runtime.llamacpp import LlamaCppBackend, PREFILL_CHUNK, probe_steering
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=16)
@@ -52,7 +53,7 @@ class Naive:
         import llama_cpp.llama_cpp as C
 
         self.C = C
-        self.model = C.llama_model_load_from_file(str(base.path).encode(), C.llama_model_default_params())
+        self.model = C.llama_model_load_from_file(str(base.path).encode(), model_params())
         self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.model))
 
     def logits(
@@ -382,6 +383,12 @@ def test_a_gpu_request_on_a_cpu_build_names_the_remedy(base: BaseModel) -> None:
         pytest.skip("this build has a GPU")
     with pytest.raises(BackendUnavailable, match="CMAKE_ARGS"):
         LlamaCppBackend.open(base.path, config=RuntimeConfig(n_gpu_layers=1))
+
+
+@pytest.mark.parametrize(("said", "kept"), [(b"AVX512 = 1 | AMX_INT8 = 1 | ", False), (b"AVX2 = 1 | ", True)])
+def test_weights_are_not_laid_out_for_amx(monkeypatch: pytest.MonkeyPatch, said: bytes, kept: bool) -> None:
+    monkeypatch.setattr(api(), "llama_print_system_info", lambda: said)
+    assert model_params().use_extra_bufts is kept
 
 
 def test_generating_needs_at_most_260_mb_and_no_torch(base: BaseModel) -> None:

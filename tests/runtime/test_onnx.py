@@ -14,11 +14,11 @@ from edge_align.engines import check_engine
 from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow, InputError, SessionClosed
 from edge_align.features import AnswerEncoder, embedding_table, open_base_encoder, prompt_features
 from edge_align.gguf_tensors import GGUFTensors
-from edge_align.records import join_chunks, Message, SteeringVectors, user_prompt
+from edge_align.records import Completion, GenerationChunk, join_chunks, Message, SteeringVectors, user_prompt
 from edge_align.runtime.base import Forking
 from edge_align.runtime.llamacpp import LlamaCppBackend, probe_steering
 from edge_align.runtime.onnx import OnnxBackend, PREFILL_CHUNK
-from edge_align.runtime.onnx_session import choose_provider
+from edge_align.runtime.onnx_session import choose_provider, OnnxDecoder
 from edge_align.runtime.sampling import draw
 from edge_align_export.onnx_export import export_onnx
 
@@ -140,6 +140,85 @@ def test_closing_an_engine_closes_its_forks_and_not_the_other_way(tiny_export: P
     backend.close()
     with pytest.raises(SessionClosed):
         second.tokenize("a")
+
+
+# -- rows of one batch -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def rows(tiny_export: Path) -> Iterator[list[OnnxBackend]]:
+    """Three engines whose answers are decoded in one batch, and a fourth for which there is no row left."""
+    with OnnxBackend.open(tiny_export, config=RuntimeConfig(n_threads=1, n_ctx=256, n_rows=3)) as backend:
+        yield [backend, *(backend.fork() for _ in range(3))]
+
+
+def in_turns(streams: list[Iterator[GenerationChunk]]) -> list[Completion]:
+    """Every stream goes on until it waits for the others."""
+    chunks: list[list[GenerationChunk]] = [[] for _ in streams]
+    while any(not own or own[-1].finish_reason is None for own in chunks):
+        for own, stream in zip(chunks, streams, strict=True):
+            for chunk in stream:
+                own.append(chunk)
+                if not chunk.tokens:
+                    break
+    return [join_chunks(own) for own in chunks]
+
+
+def test_rows_share_every_step_and_each_answer_is_the_single_one(rows, tiny, tiny_vectors, monkeypatch) -> None:
+    sizes: list[int] = []
+    run = OnnxDecoder.run
+    monkeypatch.setattr(OnnxDecoder, "run", lambda self, *a, **k: sizes.append(len(a[0])) or run(self, *a, **k))
+    each = [tiny_vectors[0], None, tiny_vectors[2], tiny_vectors[3]]
+    found = in_turns(
+        [row.generate(PROMPTS[i], vectors=each[i], sampling=GREEDY) for i, row in enumerate(rows)],
+    )
+    assert sizes.count(3) >= 20 and max(sizes) == 3  # the fourth is decoded alone
+    monkeypatch.undo()
+    assert [one.tokens for one in found] == [answer(tiny, PROMPTS[i], each[i], GREEDY) for i in range(4)]
+
+
+def test_a_row_that_holds_a_prompt_keeps_it_while_its_neighbours_decode(rows, tiny, tiny_vectors) -> None:
+    first, middle, last, _ = rows
+    answer(middle, PROMPTS[6], tiny_vectors[1], GREEDY)
+    data = middle.save_prompt()
+    in_turns([row.generate(PROMPTS[7], vectors=tiny_vectors[0], sampling=GREEDY) for row in (first, last)])
+    assert middle.save_prompt() == data
+    chunks = list(middle.generate(PROMPTS[6], vectors=tiny_vectors[4], sampling=GREEDY))
+    assert chunks[-1].stats is not None and chunks[-1].stats.cached_tokens == len(PROMPTS[6]) - 1
+    assert join_chunks(chunks).tokens == answer(tiny, PROMPTS[6], tiny_vectors[4], GREEDY)
+    assert last.load_prompt(middle.held, data) and last.save_prompt() == data
+
+
+def test_an_answer_that_is_given_up_or_replaced_leaves_the_others_as_they_are(rows, tiny, tiny_vectors) -> None:
+    given_up = rows[1].generate(PROMPTS[3], vectors=tiny_vectors[1], sampling=GREEDY)
+    replaced = rows[2].generate(PROMPTS[4], vectors=tiny_vectors[2], sampling=GREEDY)
+    for stream in (given_up, replaced):
+        next(stream), next(stream)  # the prompt was read; the first token is asked for
+    given_up.close()
+    kept = [rows[0].generate(PROMPTS[0], vectors=tiny_vectors[0], sampling=GREEDY)]
+    kept.append(rows[2].generate(PROMPTS[2], vectors=None, sampling=GREEDY))
+    found = in_turns(kept)
+    assert found[0].tokens == answer(tiny, PROMPTS[0], tiny_vectors[0], GREEDY)
+    assert found[1].tokens == answer(tiny, PROMPTS[2], None, GREEDY)
+    with pytest.raises(BackendError, match="another answer was started"):
+        list(replaced)
+    rows[2].close()
+    assert len(rows[0].fork().held) == 0  # the row that was given back
+
+
+def test_int4_answers_of_the_default_base_are_the_same_in_a_batch_and_alone(exports, small, base) -> None:
+    vectors = [random_vectors(base.n_layer, base.d_model, seed, 0.05) for seed in range(4)]
+    prompts = [small.render(user_prompt(f"What is {what}?")) for what in ("a boat", "the sea", "rain", "wind")]
+    sampling = SamplingConfig(temperature=0.0, max_tokens=24)
+    with OnnxBackend.open(exports["int4"], config=RuntimeConfig(n_threads=1, n_ctx=512, n_rows=4)) as first:
+        backends = [first, *(first.fork() for _ in range(3))]
+        streams = [
+            backend.generate(prompt, vectors=steering, sampling=sampling)
+            for backend, prompt, steering in zip(backends, prompts, vectors, strict=True)
+        ]
+        together = in_turns(streams)
+        data = [backend.save_prompt() for backend in backends]
+    for prompt, steering, found, kept in zip(prompts, vectors, together, data, strict=True):
+        assert answer(small, prompt, steering, sampling) == found.tokens
+        assert small.save_prompt() == kept
 
 
 # -- streaming -----------------------------------------------------------------------------------------------------

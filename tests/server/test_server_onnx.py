@@ -79,7 +79,8 @@ def test_profiles_are_answered_side_by_side_as_each_alone(live: Live, export: Pa
         found = list(pool.map(lambda name: (name, ask(live, name)), [*expected, *expected]))
     for name, reply in found:
         assert reply["choices"][0]["message"]["content"] == expected[name]
-    assert len(live.service.decoder._slots) > 1
+    slots = [slot.backend for slot in live.service.decoder._slots]
+    assert len(slots) > 1 and len({id(backend._row.rows) for backend in slots}) == 1  # decoded in one batch
 
 
 def test_what_the_engine_cannot_do_is_refused_by_name(live: Live) -> None:

@@ -1,0 +1,71 @@
+"""What the pages of `report.py` share: the committed results, and words for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+MODELS = ROOT / "models"
+
+Result = dict[str, Any]
+
+
+class Results:
+    """The documents of bench/results, oldest first. `used`: those that were asked for."""
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        found = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("*.json")]
+        self._all: list[Result] = sorted(found, key=lambda result: (result["date"], result["file"]))
+
+    def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True) -> Result:
+        """Raises LookupError when there is none."""
+        for result in reversed(self._all):
+            if result["script"] == script and not result["options"].get("quick") and where(result):
+                return result
+        raise LookupError(f"no result of {script}.py under {RESULTS}")
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def ratio(found: Result, digits: int = 3) -> str:
+    """A median with its 95 % interval."""
+    return f"{found['median']:.{digits}f} ({found['ci_low']:.{digits}f} to {found['ci_high']:.{digits}f})"
+
+
+def mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def earlier(result: Result) -> str:
+    """A remark where the pack has been replaced since."""
+    shipped = {json.loads(path.read_text())["tensors_sha256"] for path in MODELS.glob("*/manifest.json")}
+    return "" if result.get("pack_hash") in {None, *shipped} else " (by an earlier pack)"
+
+
+def source(result: Result) -> str:
+    """The command, the machine and the file of a result."""
+    hidden = ("quick", "seed", "threads")
+    options = [
+        f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in result["options"].items()
+        if key not in hidden and value not in (None, False)
+    ]
+    machine = result["machine"]
+    bf16 = "with" if machine["bf16"] else "without"
+    return (
+        f"`python bench/{result['script']}.py {' '.join(options)}` at {result['commit']}, {result['date'][:10]}, "
+        f"{machine['cores']} cores of {machine['cpu']} {bf16} bfloat16 instructions: "
+        f"[{result['file']}](../bench/results/{result['file']}){earlier(result)}"
+    )
