@@ -79,6 +79,7 @@ edge_align.runtime.llama_rows
 edge_align.runtime.llamacpp
 edge_align.runtime.tokenizer
 edge_align.runtime.onnx_session
+edge_align.runtime.onnx_rows
 edge_align.runtime.onnx_checks
 edge_align.runtime.onnx
 edge_align.runtime.positions
