@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 def provenance(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
     """What a figure depends on besides the script; no paths."""
-    hidden = ("home", "cache", "save", "model")
+    hidden = ("home", "cache", "save", "model", "export", "genai")  # no paths
     return {
         "script": Path(name).stem,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

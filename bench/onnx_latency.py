@@ -3,12 +3,15 @@
     edge-align export onnx --from smollm2-135m-instruct --precision int4 --out DIR
     python bench/onnx_latency.py --export DIR --threads 2 --save
 
-Runs are interleaved in alternating order, greedy, and ratios are of paired runs, as in bench/latency.py. The batch is
-eight rows with eight vectors against the same rows without any.
+onnxruntime-genai is a third engine where it is installed: --genai DIR, made from the same weights by its own model
+builder (int4, cpu). Runs are interleaved in alternating order, greedy, and ratios are of paired runs, as in
+bench/latency.py. The batch is eight rows with eight vectors against the same rows without any.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,13 +20,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Bench, console, main, parser, random_latent
+from common import Bench, console, main, parser, random_latent, sample, SEED
 from latency import rounds
 
 from edge_align.config import SamplingConfig
+from edge_align.kl import log_softmax
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
 from edge_align.runtime.base import Backend
 from edge_align.runtime.onnx import OnnxBackend
+from edge_align.runtime.onnx_session import library
+from edge_align.simulation.prompts import prompts
 from edge_align.speed import paired_ratio, PROMPT
 
 ROWS = 8
@@ -44,7 +50,11 @@ def run(bench: Bench) -> dict[str, Any]:
             "onnx_batch": lambda: batch(onnx, prompt, None, args.tokens),
             "onnx_batch_steered": lambda: batch(onnx, prompt, vectors, args.tokens),
         }
+        if args.genai:
+            decode = genai(args.genai, args.threads)
+            arms["genai"] = lambda: decode(prompt, args.tokens)
         speeds = rounds(arms, args.runs)
+        loss = fidelity(bench, onnx)
         precision = onnx._model.precision
     found = {
         "precision": precision,
@@ -52,10 +62,14 @@ def run(bench: Bench) -> dict[str, Any]:
         "runs": args.runs,
         "batch_rows": ROWS,
         "tokens_per_sec": {name: median(values) for name, values in speeds.items()},
+        "against_fp32": loss,
         "onnx_over_llamacpp": asdict(paired_ratio(speeds["onnx"], speeds["llamacpp"])),
         "steered_over_base": asdict(paired_ratio(speeds["onnx_steered"], speeds["onnx"])),
         "batch_steered_over_base": asdict(paired_ratio(speeds["onnx_batch_steered"], speeds["onnx_batch"])),
     }
+    if args.genai:
+        found["onnx_over_genai"] = asdict(paired_ratio(speeds["onnx"], speeds["genai"]))
+        found["genai_version"] = importlib.metadata.version("onnxruntime-genai")
     for name, value in found.items():
         console.print(name, value)
     return found
@@ -67,6 +81,71 @@ def single(backend: Backend, prompt: list[int], vectors: SteeringVectors | None,
     stats = join_chunks(list(backend.generate(prompt, vectors=vectors, sampling=sampling))).stats
     assert stats is not None
     return stats.generation_tps
+
+
+def genai(folder: str, threads: int) -> Callable[[list[int], int], float]:
+    """Greedy decoding by onnxruntime-genai: tokens per second after the first."""
+    import onnxruntime_genai as og
+
+    config = og.Config(folder)
+    if threads:
+        options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+        config.overlay(json.dumps(options))
+    model = og.Model(config)
+
+    def decode(prompt: list[int], tokens: int) -> float:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        times = []
+        while not generator.is_done():
+            generator.generate_next_token()
+            times.append(time.perf_counter())
+        return (len(times) - 1) / (times[-1] - times[0])
+
+    return decode
+
+
+def fidelity(bench: Bench, onnx: OnnxBackend) -> dict[str, dict[str, float]]:
+    """What each engine's quantisation does to answers of the base: KL from PyTorch float32 on the file's own weights,
+    nats a token, and the share of tokens whose likeliest successor is the same. Teacher-forced, unsteered."""
+    from edge_align.runtime.torch_ref import LlamaReference
+
+    args, asked = bench.args, list(prompts("validation")[: 2 if bench.args.quick else 8])
+    answers = sample(bench, asked, max_tokens=8 if args.quick else 48, seed=SEED, label="base answers")
+    texts = [(bench.backend.render(user_prompt(q)), a.tokens) for q, a in zip(asked, answers, strict=True) if a.tokens]
+    reference = LlamaReference(bench.base.path)
+    engines: dict[str, Callable[[list[int], list[int]], np.ndarray]] = {
+        "llamacpp": lambda prompt, answer: bench.backend.score(prompt, [answer], vectors=None)[0],
+        "onnx": lambda prompt, answer: onnx.score(prompt, [answer], vectors=None)[0],
+    }
+    if args.genai:
+        engines["genai"] = genai_logits(args.genai)
+    right = [log_softmax(reference.score(prompt, answer, None)) for prompt, answer in texts]
+    found = {}
+    for name, score in engines.items():
+        rows = [log_softmax(score(prompt, answer)) for prompt, answer in texts]
+        kl = np.concatenate([(np.exp(p) * (p - q)).sum(-1) for p, q in zip(right, rows, strict=True)])
+        same = np.concatenate([p.argmax(-1) == q.argmax(-1) for p, q in zip(right, rows, strict=True)])
+        found[name] = {"kl": float(kl.mean()), "same_likeliest": float(same.mean()), "tokens": len(kl)}
+    return found
+
+
+def genai_logits(folder: str) -> Callable[[list[int], list[int]], np.ndarray]:
+    """Logits of the graph that onnxruntime-genai runs, by ONNX Runtime itself, for the tokens of an answer."""
+    session = library().InferenceSession(str(Path(folder) / "model.onnx"), providers=["CPUExecutionProvider"])
+    pasts = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
+    size = json.loads((Path(folder) / "genai_config.json").read_text())["model"]["decoder"]["head_size"]
+    empty = {value.name: np.zeros((1, value.shape[1], 0, size), np.float32) for value in pasts}
+
+    def score(prompt: list[int], answer: list[int]) -> np.ndarray:
+        tokens = np.array([[*prompt, *answer]])
+        given = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+        (logits,) = session.run(["logits"], given | empty)
+        return np.asarray(logits[0, len(prompt) - 1 : -1], np.float32)
+
+    return score
 
 
 def batch(backend: OnnxBackend, prompt: list[int], vectors: SteeringVectors | None, tokens: int) -> float:
@@ -81,6 +160,7 @@ def batch(backend: OnnxBackend, prompt: list[int], vectors: SteeringVectors | No
 if __name__ == "__main__":
     p = parser("Decoding on ONNX Runtime, steered and not, beside llama.cpp.")
     p.add_argument("--export", required=True, help="folder that `edge-align export onnx` made")
+    p.add_argument("--genai", metavar="DIR", help="folder that onnxruntime-genai's builder made")
     p.add_argument("--runs", type=int, default=8, help="interleaved runs of each arm")
     p.add_argument("--tokens", type=int, default=64, help="decoded per run")
     main(run, p.parse_args(), __file__)

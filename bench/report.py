@@ -454,6 +454,30 @@ def draw(results: Results) -> None:
     plt.close(figure)
 
 
+CURVE = (10, 20, 50, 100, 200)  # pairs
+
+
+def draw_curve(results: Results) -> None:
+    """docs/plots/learning.svg: win rate by number of pairs, of each person and in the mean."""
+    from matplotlib import pyplot as plt
+
+    found = {size: {row["user"]: row for row in quality_of(results, size)[1]} for size in CURVE}
+    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    for who in found[CURVE[0]]:
+        rates = [found[size][who]["win_rate"] for size in CURVE]
+        axes.plot(CURVE, rates, color="0.75", lw=1)
+        axes.annotate(who.replace("_", " "), (CURVE[-1], rates[-1]), (4, -2), textcoords="offset points", fontsize=7)
+    means = [mean(row["win_rate"] for row in found[size].values()) for size in CURVE]
+    axes.plot(CURVE, means, "o-", color="tab:blue", label="mean of eight people")
+    axes.axhline(0.5, color="0.4", lw=0.8, ls=":")
+    axes.set(xscale="log", ylim=(0.4, 1), xlabel="pairs learnt from", ylabel="win rate against the base")
+    axes.set_xticks(CURVE, [str(size) for size in CURVE], minor=False)
+    axes.minorticks_off()
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(PLOTS / "learning.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
 def run(*, check: bool) -> int:
     """Write, or with `check` only compare; the number of files that differ."""
     results = Results()
@@ -465,6 +489,7 @@ def run(*, check: bool) -> int:
             path.write_text(wanted[path])
     if not check:
         draw(results)
+        draw_curve(results)
     return len(stale)
 
 
