@@ -388,13 +388,10 @@ def sample_rows(
 
 def reference_model(bench: Bench) -> Any:
     """The whole base in PyTorch, on the GPU where there is one, bfloat16 where that is fast."""
-    import torch
+    from edge_align.runtime.torch_ref import fastest, LlamaReference
 
-    from edge_align.runtime.torch_ref import LlamaReference
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return LlamaReference(bench.base.path, dtype=torch.bfloat16 if fast else torch.float32, device=device)
+    device, dtype = fastest()
+    return LlamaReference(bench.base.path, dtype=dtype, device=device)
 
 
 def steering_rows(bench: Bench, encoder: PreferenceEncoder | None, questions: Sequence[str]) -> np.ndarray:

@@ -85,6 +85,13 @@ class Block:
     down: torch.Tensor  # (d_model, d_ff)
 
 
+def fastest() -> tuple[str, torch.dtype]:
+    """The device PyTorch is fastest on here, and bfloat16 where that has instructions of its own, else float32."""
+    if torch.cuda.is_available():
+        return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return "cpu", torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 class LlamaReference:
     """The model, or its first `n_layer` blocks.
 

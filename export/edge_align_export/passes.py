@@ -73,20 +73,17 @@ class TorchPasses:
     def __init__(self, base: BaseModel) -> None:
         import torch
 
-        from edge_align.runtime.torch_ref import LlamaReference
+        from edge_align.runtime.torch_ref import fastest, LlamaReference
 
         end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
         if not isinstance(end, int):
             raise BackendUnavailable(f"{base.path} does not say which token ends a text")
-        cuda = torch.cuda.is_available()
-        fast = torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        device, dtype = fastest()
+        cuda = device == "cuda"
         where = f" on {torch.cuda.get_device_name()}" if cuda else ""
-        self.reason = (
-            f"PyTorch in {'bfloat16' if fast else 'float32'}{where}: it decodes many rows at once faster than llama.cpp"
-        )
+        self.reason = f"PyTorch in {str(dtype)[6:]}{where}: it decodes many rows at once faster than llama.cpp"
         self.prompts_at_once, self._batch = (128, 8 * BATCH) if cuda else (16, BATCH)
-        dtype = torch.bfloat16 if fast else torch.float32
-        self.model, self.end = LlamaReference(base.path, dtype=dtype, device="cuda" if cuda else "cpu"), end
+        self.model, self.end = LlamaReference(base.path, dtype=dtype, device=device), end
 
     def sample(
         self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
