@@ -322,7 +322,8 @@ def page(results: Results) -> str:
         "and how, is in [bench/README.md](../bench/README.md). Users are simulated: a judge program stands for a taste."
     )
     parts = [f"## {title}\n\n{section(results)}" for title, section in SECTIONS]
-    plots = "![Win rates of eight users, with random directions beside](plots/quality.svg)"
+    plots = "![Win rates of eight users, with random directions beside](plots/quality.svg)\n\n"
+    plots += "![Win rate over NLL of every way that was measured](plots/arms.svg)"
     return "\n\n".join([head, plots, *parts]) + "\n"
 
 
@@ -347,6 +348,8 @@ def readme_table(results: Results) -> str:
         return percent(sum(row["passed"] for row in rows) / sum(row["draws"] for row in rows), 1)
 
     tokens = onnx["tokens_per_sec"]
+    arms = [speed["instead"]["arms"][name] for name in ("LoRA adapter, rank 8", PROMPTED[1])]
+    slower = [(arm["speed_over_profile"]["median"], arm["first_token_over_profile"]["median"]) for arm in arms]
     users = len({row["user"] for row in found["users"]})
     return table(
         ["", ""],
@@ -386,6 +389,10 @@ def readme_table(results: Results) -> str:
             ["true verdicts that pass the gate, 20 and 100 pairs", f"{passed(20, 'true')}, {passed(100, 'true')}"],
             ["shuffled ones", f"{passed(20, 'shuffled')}, {passed(100, 'shuffled')}"],
             ["speed of decoding, steered over unsteered", f"{speed['steered_over_base']['median']:.2f}"],
+            [
+                "speed and first token over a profile's: LoRA adapter in llama.cpp; three pairs in the prompt",
+                "; ".join(f"{fast:.2f}, {first:.1f} x" for fast, first in slower),
+            ],
             [
                 f"tokens per second: llama.cpp, ONNX Runtime {onnx['precision']}, {onnx['batch_rows']} differently "
                 "steered rows of it",
@@ -454,27 +461,26 @@ def draw(results: Results) -> None:
     plt.close(figure)
 
 
-CURVE = (10, 20, 50, 100, 200)  # pairs
-
-
-def draw_curve(results: Results) -> None:
-    """docs/plots/learning.svg: win rate by number of pairs, of each person and in the mean."""
+def draw_arms(results: Results) -> None:
+    """docs/plots/arms.svg: of every way that was measured, win rate over NLL, each person and the mean."""
     from matplotlib import pyplot as plt
 
-    found = {size: {row["user"]: row for row in quality_of(results, size)[1]} for size in CURVE}
-    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-    for who in found[CURVE[0]]:
-        rates = [found[size][who]["win_rate"] for size in CURVE]
-        axes.plot(CURVE, rates, color="0.75", lw=1)
-        axes.annotate(who.replace("_", " "), (CURVE[-1], rates[-1]), (4, -2), textcoords="offset points", fontsize=7)
-    means = [mean(row["win_rate"] for row in found[size].values()) for size in CURVE]
-    axes.plot(CURVE, means, "o-", color="tab:blue", label="mean of eight people")
+    _, found = arms_of(results, SIZES[0])
+    arms = {name: rows for name, rows in found.items() if name != OURS}
+    tuned = results.newest("lora")["rows"]
+    arms["LoRA-DPO"] = [row for row in tuned if row["arm"] == "LoRA-DPO" and row["pairs"] == SIZES[0]]
+    arms[OURS] = quality_of(results, SIZES[0])[1]
+    figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    for i, (name, rows) in enumerate(arms.items()):
+        color = "tab:blue" if name == OURS else f"C{i + 1}"
+        x, y = ([row[key] for row in rows] for key in ("nll_ratio", "win_rate"))
+        axes.scatter(x, y, s=9, color=color, alpha=0.4, lw=0)
+        axes.scatter([mean(x)], [mean(y)], s=60, color=color, label=name, zorder=3)
     axes.axhline(0.5, color="0.4", lw=0.8, ls=":")
-    axes.set(xscale="log", ylim=(0.4, 1), xlabel="pairs learnt from", ylabel="win rate against the base")
-    axes.set_xticks(CURVE, [str(size) for size in CURVE], minor=False)
-    axes.minorticks_off()
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(PLOTS / "learning.svg", metadata={"Date": None})
+    axes.axvline(1.0, color="0.4", lw=0.8, ls=":")
+    axes.set(ylim=(0, 1.02), xlabel="NLL under the base, times the base's own", ylabel="win rate against the base")
+    axes.legend(loc="lower right", frameon=False, fontsize=8, title=f"{SIZES[0]} pairs; small: each person")
+    figure.savefig(PLOTS / "arms.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -489,7 +495,7 @@ def run(*, check: bool) -> int:
             path.write_text(wanted[path])
     if not check:
         draw(results)
-        draw_curve(results)
+        draw_arms(results)
     return len(stale)
 
 

@@ -39,6 +39,17 @@ def latency(results: Results) -> str:
             ratio(onnx["batch_steered_over_base"]),
         ],
     ]
+    if "genai" in onnx.get("against_fp32", {}):
+        second.insert(
+            1, [f"ONNX Runtime over onnxruntime-genai {onnx['genai_version']}", ratio(onnx["onnx_over_genai"])]
+        )
+        second += [
+            [
+                f"KL from float32, {name}, nats a token; same likeliest token",
+                f"{row['kl']:.4f}; {percent(row['same_likeliest'])}",
+            ]
+            for name, row in onnx["against_fp32"].items()
+        ]
     more = f"ONNX Runtime, {onnx['precision']}, {onnx['runs']} interleaved runs of {onnx['tokens']} tokens; "
     more += ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in onnx["tokens_per_sec"].items())
     return "\n\n".join(
@@ -80,7 +91,7 @@ def _equality(found: Result) -> list[list[str]]:
         [f"{who}: tokens per second", f"{found['tokens_per_sec']['profiles']:.0f}"],
         [
             f"{who}: time to first token, median, 95th percentile",
-            f"{wait['profiles']['p50']:.2f} s, {wait['profiles']['p95']:.2f} s",
+            f"{wait['p50']:.2f} s, {wait['p95']:.2f} s",
         ],
     ]
 
