@@ -43,6 +43,7 @@ from edge_align.onnx_files import is_export
 from edge_align.records import Completion, join_chunks, PreferencePair, SteeringVectors, user_prompt
 from edge_align.runtime.llamacpp import LlamaCppBackend
 from edge_align.runtime.onnx import OnnxBackend
+from edge_align.runtime.onnx_rows import OnnxRows
 from edge_align.runtime.onnx_session import OnnxDecoder
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align.simulation.prompts import prompts
@@ -265,19 +266,21 @@ def decoded_together(
     alone: list[np.ndarray],
 ) -> float:
     """Largest difference of logits between rows of one batch that are fed these texts, and the same rows alone."""
-    n, shape = len(rendered), (backend.info.n_layer, backend.info.d_model)
-    steered = np.stack([np.zeros(shape, np.float32) if v is None else v.array for v in vectors])
     room = max(len(prompt) + len(text) for prompt, text in zip(rendered, texts, strict=True))
-    decoder = OnnxDecoder(backend._session, backend._model, device=backend.info.device, rows=n, room=room)
-    given = [np.asarray(prompt) for prompt in rendered]
-    rows = [backend._start_row(decoder, i, i, given, SamplingConfig()) for i in range(n)]
+    shared = OnnxRows(
+        OnnxDecoder(backend._session, backend._model, device=backend.info.device, rows=len(rendered), room=room)
+    )
+    rows = [shared.take() for _ in rendered]
+    steered = [None if v is None else v.array[None] for v in vectors]
+    for row, prompt in zip(rows, rendered, strict=True):
+        row.fill(np.asarray(prompt[:-1]), 0)
     largest = 0.0
     for step in range(max(map(len, texts))):
-        at = [min(step, len(text)) for text in texts]  # a text that has ended stays where it is, and is not compared
-        tokens = np.array([[text[t - 1] if t else row.token] for text, t, row in zip(texts, at, rows, strict=True)])
-        held = np.array([row.held + t for row, t in zip(rows, at, strict=True)])
-        found = decoder.run(tokens, held, steering=steered, wanted=np.zeros(1, np.int64))[:, 0]
-        differences = [np.abs(found[i] - alone[i][step]).max() for i in range(n) if step < len(texts[i])]
+        going = [i for i, text in enumerate(texts) if step < len(text)]
+        for i in going:
+            token = texts[i][step - 1] if step else rendered[i][-1]
+            rows[i].ask(token, len(rendered[i]) - 1 + step, steered[i])
+        differences = [np.abs(rows[i].logits() - alone[i][step]).max() for i in going]
         largest = max(largest, *map(float, differences))
     return largest
 

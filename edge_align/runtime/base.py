@@ -75,7 +75,8 @@ class Backend(Protocol):
     ) -> Iterator[GenerationChunk]:
         """Stream an answer to `prompt` (token ids). Raises ContextOverflow, BackendError, SessionClosed.
 
-        Chunks without tokens may come before the first one with some: parts of a long prompt were read.
+        Chunks without tokens may come too: a part of a long prompt was read, or, of an engine that decodes several
+        answers in one batch (`RuntimeConfig.n_rows`), the others may ask for their next token now.
         """
         ...
 

@@ -77,15 +77,11 @@ def test_an_exported_graph_agrees_with_transformers(kind: str, tmp_path: Path) -
             expected = by_transformers(source, TOKENS, array, n_prompt - 1)[n_prompt - 1 : -1]
             (together,) = backend.score(prompt, [completion], vectors=steering)
             assert np.abs(together - expected).max() <= 1e-3
-        singly = [
-            backend._decoder.run(
-                np.array([[token]]),
-                np.array([n_prompt - 1 + i]),
-                steering=vectors.array[None],
-                wanted=np.zeros(1, np.int64),
-            )[0, 0].copy()  # type: ignore[union-attr]
-            for i, token in enumerate([prompt[-1], *completion[:-1]])
-        ]
+        row, singly = backend._row, []
+        assert row is not None
+        for i, token in enumerate([prompt[-1], *completion[:-1]]):
+            row.ask(token, n_prompt - 1 + i, vectors.array[None])
+            singly.append(row.logits())
     assert np.abs(np.array(singly) - expected).max() <= 1e-3
 
 
