@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from edge_align.profiles import ProfileStore
 from edge_align.records import FeedbackRow, user_prompt
 from edge_align.runtime.llamacpp import LlamaCppBackend
 from edge_align.server.engine import Shelf
-from edge_align.speed import measure_latency, some_vectors
+from edge_align.speed import measure_latency, some_vectors, stage_seconds
 from edge_align.store import FeedbackLog
 
 SHAPES = ((4, 256), (8, 384), (12, 512), (16, 768), (24, 1024))  # (n_layer, d_model)
@@ -59,7 +58,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def exponents(rows: Sequence[Row], size: str, costs: Sequence[str]) -> dict[str, float | None]:
+def exponents(rows: Sequence[Row], size: str, costs: Sequence[str]) -> dict[str, float]:
     """b of cost ~ size^b for each cost, over the larger half of the sizes (at least two)."""
     kept = sorted(rows, key=lambda row: row[size])[min(len(rows) // 2, len(rows) - 2) :]
     x = np.log([row[size] for row in kept])
@@ -68,12 +67,7 @@ def exponents(rows: Sequence[Row], size: str, costs: Sequence[str]) -> dict[str,
 
 def seconds_of(work: Callable[[], Any], runs: int) -> float:
     """Median wall seconds; a first call is a warm-up."""
-    found = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return median(found[1:])
+    return stage_seconds({"work": work}, runs, tell=lambda _done: None)["work"]
 
 
 # -- one person --------------------------------------------------------------------------------------------------------

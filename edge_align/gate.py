@@ -199,13 +199,15 @@ def direction_reliability(feedback: LatentFeedback) -> float:
     about 0, whatever its amount.
     """
     rows, groups = _rows(feedback)
-    labels = _centred(feedback.rated_up)
-    signed = rows * np.concatenate([np.ones(len(feedback.chosen)), labels])[:, None]
-    if len(np.unique(groups)) < MIN_PROMPTS:
+    signed = rows * np.concatenate([np.ones(len(feedback.chosen)), _centred(feedback.rated_up)])[:, None]
+    unique, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(unique) < MIN_PROMPTS:
         return 0.0
-    apart = groups[:, None] != groups[None]
-    between = float((signed @ signed.T)[apart].mean()) * len(rows) ** 2
-    total = float((signed.sum(0) ** 2).sum())
+    of_prompt = np.zeros((len(unique), feedback.k))
+    np.add.at(of_prompt, inverse, signed)
+    total = float((signed.sum(0) ** 2).sum())  # of all ordered pairs of rows; less those of one prompt: agreement
+    terms = len(rows) ** 2 / (len(rows) ** 2 - int((counts**2).sum()))
+    between = (total - float((of_prompt**2).sum())) * terms
     return min(1.0, max(0.0, between / total)) if total > 0.0 else 0.0
 
 

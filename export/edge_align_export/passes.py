@@ -81,7 +81,9 @@ class TorchPasses:
         device, dtype = fastest()
         cuda = device == "cuda"
         where = f" on {torch.cuda.get_device_name()}" if cuda else ""
-        self.reason = f"PyTorch in {str(dtype)[6:]}{where}: it decodes many rows at once faster than llama.cpp"
+        self.reason = (
+            f"PyTorch in {str(dtype).removeprefix('torch.')}{where}: it decodes many rows at once faster than llama.cpp"
+        )
         self.prompts_at_once, self._batch = (128, 8 * BATCH) if cuda else (16, BATCH)
         self.model, self.end = LlamaReference(base.path, dtype=dtype, device=device), end
 
