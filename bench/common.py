@@ -38,7 +38,7 @@ from edge_align.features import prompt_features  # noqa: E402
 from edge_align.gguf_tensors import GGUFTensors  # noqa: E402
 from edge_align.home import Home  # noqa: E402
 from edge_align.latent_dpo import LatentFeedback  # noqa: E402
-from edge_align.learning import calibrate, encode_dataset, keep_fluent, learn, Learnt  # noqa: E402
+from edge_align.learning import calibrate, Checked, encode_dataset, keep_fluent, learn, Learnt  # noqa: E402
 from edge_align.pairs import build, Dataset  # noqa: E402
 from edge_align.profiles import ProfileStore  # noqa: E402
 from edge_align.records import FeedbackRow, PreferencePair, Prompt, Rating, SteeringVectors, user_prompt  # noqa: E402
@@ -446,6 +446,7 @@ class Profile:
     encoder: PreferenceEncoder
     predicted_kl: float
     nll_ratio: float | None  # as it was checked
+    collision_ratio: float | None
     learnt: Learnt
 
 
@@ -454,12 +455,23 @@ def learn_profile(bench: Bench, pairs: Sequence[PreferencePair], *, kl_budget: f
     feedback = encode_dataset(bench.base, bench.pack, dataset_of(pairs), runtime=bench.runtime)
     learnt = learn(bench.pack, feedback, seed=bench.args.seed)
     budget = PersonalizeConfig().kl_budget if kl_budget is None else kl_budget
-    encoder, predicted = calibrate(bench.pack, learnt, kl_budget=budget)
-    limit = PersonalizeConfig().nll_limit
-    encoder, predicted, nll_ratio = keep_fluent(
-        bench.base, bench.pack, learnt, encoder, limit=limit, runtime=bench.runtime
+    encoder, _ = calibrate(bench.pack, learnt, kl_budget=budget)
+    checked = check_fluent(bench, learnt, encoder)
+    return Profile(checked.encoder, checked.predicted_kl, checked.nll_ratio, checked.collision_ratio, learnt)
+
+
+def check_fluent(bench: Bench, learnt: Learnt, encoder: PreferenceEncoder) -> Checked:
+    """`keep_fluent` with the limits that `personalize` has."""
+    config = PersonalizeConfig()
+    return keep_fluent(
+        bench.base,
+        bench.pack,
+        learnt,
+        encoder,
+        nll_limit=config.nll_limit,
+        collision_limit=config.collision_limit,
+        runtime=bench.runtime,
     )
-    return Profile(encoder, predicted, nll_ratio, learnt)
 
 
 @dataclass(frozen=True)

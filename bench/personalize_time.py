@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bench, console, dataset_of, main, parser, ROOT, short_pairs, timed
+from common import Bench, check_fluent, console, dataset_of, main, parser, ROOT, short_pairs, timed
 from rich.table import Table
 
 from edge_align import learning
@@ -76,11 +76,7 @@ def stages(bench: Bench, dataset: Dataset, lengths: list[int], *, bf16: bool) ->
             parts["calibrate"], _ = timed(lambda x=learnt: learning.calibrate(bench.pack, x, kl_budget=budget))
             parts["floor"], _ = timed(floor)
             encoder, _ = learning.calibrate(bench.pack, learnt, kl_budget=budget)
-            parts["check"], _ = timed(
-                lambda x=learnt, e=encoder: learning.keep_fluent(
-                    bench.base, bench.pack, x, e, limit=PersonalizeConfig().nll_limit, runtime=bench.runtime
-                )
-            )
+            parts["check"], _ = timed(lambda x=learnt, e=encoder: check_fluent(bench, x, e))
             for name, value in parts.items():
                 if i:
                     seconds[name].append(value)

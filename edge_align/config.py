@@ -86,12 +86,14 @@ class PersonalizeConfig:
     """kl_budget: most KL from the base, nats per decoded token; a ceiling that little evidence does not reach.
 
     nll_limit: most NLL of steered answers under the base, as a multiple of the base's own; 0: they are not tried.
+    collision_limit: most collisions of the next token, as a multiple of the base's own; 0: not looked at.
     no_worse: do not activate a version that predicts verdicts new to both worse than the active one does.
     use: make the profile the one in use when a version is activated.
     """
 
     kl_budget: float = 0.25
-    nll_limit: float = 1.4
+    nll_limit: float = 1.3
+    collision_limit: float = 1.2
     seed: int = 0
     activate: bool = True
     force: bool = False
@@ -100,8 +102,9 @@ class PersonalizeConfig:
 
     def __post_init__(self) -> None:
         bounded(self.kl_budget, 0.001, 2.0, "kl-budget")
-        if self.nll_limit:
-            bounded(self.nll_limit, 1.0, 100.0, "nll-limit")
+        for name in ("nll_limit", "collision_limit"):
+            if getattr(self, name):
+                bounded(getattr(self, name), 1.0, 100.0, name.replace("_", "-"))
         bounded(self.seed, 0, 2**32 - 1, "seed")
 
 

@@ -13,7 +13,7 @@ from edge_align.config import RuntimeConfig
 from edge_align.encoder import PreferenceEncoder
 from edge_align.engines import open_backend, open_tokenizer
 from edge_align.features import embedding_table, MAX_TOKENS, open_base_encoder, prompt_features
-from edge_align.fluency import CONTEXT, fluent_factor
+from edge_align.fluency import CONTEXT, fluent_factor, sample_base, varied_factor
 from edge_align.gate import compare_on_new, cross_validate, direction_reliability, earns_head, HeldOut, wilson
 from edge_align.latent_dpo import draw_contrasts, fit, fit_head, LatentDPOConfig, LatentFeedback
 from edge_align.pack import LatentPack
@@ -137,28 +137,50 @@ def calibrate(pack: LatentPack, learnt: Learnt, *, kl_budget: float) -> tuple[Pr
     return replace(learnt.encoder, scale=scale), pack.mean_kl(learnt.latents * scale)
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An encoder at the strength at which its answers are within their limits; what was found there.
+
+    The ratios are to the base's own: see `fluency.collision` and `fluency.sampled_nll`. None: not looked at.
+    """
+
+    encoder: PreferenceEncoder
+    predicted_kl: float
+    nll_ratio: float | None = None
+    collision_ratio: float | None = None
+
+
 def keep_fluent(
     base: BaseModel,
     pack: LatentPack,
     learnt: Learnt,
     encoder: PreferenceEncoder,
     *,
-    limit: float,
+    nll_limit: float,
+    collision_limit: float,
     runtime: RuntimeConfig | None = None,
     tell: Callable[[float], None] | None = None,
-) -> tuple[PreferenceEncoder, float, float | None]:
-    """`encoder`, less strong where its answers would be over `limit` times the base's NLL; predicted KL and the ratio.
+) -> Checked:
+    """`encoder`, less strong where its answers would be alike or unlikely beyond these multiples of the base's own.
 
-    The ratio is None where nothing is steered. A prompt-dependent profile is tried with its mean latent. Raises
-    BackendError, ModelLoadError.
+    A limit of 0 is not looked at. A prompt-dependent profile is tried with its mean latent. Raises BackendError,
+    ModelLoadError.
     """
     vectors = pack.decode(learnt.latents.mean(0) * encoder.scale)
     if vectors.is_zero:
-        return encoder, 0.0, None
+        return Checked(encoder, 0.0)
+    nll = alike = None
     with closing(open_backend(base, replace(runtime or RuntimeConfig(), n_ctx=CONTEXT))) as backend:
-        factor, ratio = fluent_factor(backend, vectors, limit=limit, base_nll=pack.base_nll, tell=tell)
+        own = pack.base_sample or sample_base(backend)
+        factor = 1.0
+        if collision_limit:
+            factor, alike = varied_factor(backend, vectors, own, limit=collision_limit)
+        if nll_limit:
+            weaker = vectors.scaled(factor)
+            fluent, nll = fluent_factor(backend, weaker, limit=nll_limit, base_nll=own.nll, tell=tell)
+            factor *= fluent
     encoder = replace(encoder, scale=encoder.scale * factor)
-    return encoder, pack.mean_kl(learnt.latents * encoder.scale), ratio
+    return Checked(encoder, pack.mean_kl(learnt.latents * encoder.scale), nll, alike)
 
 
 def preference_accuracy(encoder: PreferenceEncoder, feedback: LatentFeedback) -> dict[str, float]:

@@ -26,6 +26,18 @@ TENSORS = "pack.safetensors"
 
 
 @dataclass(frozen=True)
+class BaseSample:
+    """The base's own short answers to the first prompts of the set `pack`, which steered ones are held against.
+
+    answers: token ids; nll: their mean NLL under the base, nats per token; collision: see `fluency.collision`.
+    """
+
+    answers: tuple[tuple[int, ...], ...]
+    nll: float
+    collision: float
+
+
+@dataclass(frozen=True)
 class LatentPack:
     """A loaded pack; arrays are float32 and read-only.
 
@@ -57,10 +69,15 @@ class LatentPack:
         return str(self.manifest["base_hash"])
 
     @property
-    def base_nll(self) -> float | None:
-        """`fluency.sampled_nll` of the base, measured when the pack was made; None where it was not."""
-        found = self.manifest.get("health", {}).get("base_nll")
-        return float(found) if found else None
+    def base_sample(self) -> BaseSample | None:
+        """`fluency.sample_base` as it was when the pack was made; None where it was not kept, or is not readable."""
+        try:
+            answers = tuple(tuple(int(token) for token in answer) for answer in self.manifest["base_answers"])
+            health = self.manifest["health"]
+            found = BaseSample(answers, float(health["base_nll"]), float(health["base_collision"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+        return found if all(answers) and found.nll > 0.0 and found.collision > 0.0 else None
 
     @property
     def n_layer(self) -> int:

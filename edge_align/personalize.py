@@ -75,6 +75,7 @@ class PersonalizeReport:
     scale: float | None
     predicted_kl: float | None
     nll_ratio: float | None
+    collision_ratio: float | None
     stages_sec: dict[str, float]
     profile_bytes: int
     activated: bool
@@ -164,13 +165,14 @@ def personalize(
                 scale=None,
                 predicted_kl=None,
                 nll_ratio=None,
+                collision_ratio=None,
                 stages_sec=stages.seconds,
                 profile_bytes=0,
                 activated=False,
                 reason=f"{n_rows} verdicts so far; learning starts at {MIN_ROWS}: {MIN_ROWS - n_rows} more are needed",
             )
 
-        from edge_align.learning import calibrate, encode_dataset, keep_fluent, learn
+        from edge_align.learning import calibrate, Checked, encode_dataset, keep_fluent, learn
 
         with stages.stage("encode") as tell:
             feedback = encode_dataset(base, pack, dataset, runtime=runtime, tell=tell)
@@ -178,12 +180,20 @@ def personalize(
             learnt = learn(pack, feedback, seed=config.seed)
         with stages.stage("calibrate"):
             encoder, predicted = calibrate(pack, learnt, kl_budget=config.kl_budget)
-        nll_ratio = None
-        if config.nll_limit:
+        checked = Checked(encoder, predicted)
+        if config.nll_limit or config.collision_limit:
             with stages.stage("check") as tell:
-                encoder, predicted, nll_ratio = keep_fluent(
-                    base, pack, learnt, encoder, limit=config.nll_limit, runtime=runtime, tell=tell
+                checked = keep_fluent(
+                    base,
+                    pack,
+                    learnt,
+                    encoder,
+                    nll_limit=config.nll_limit,
+                    collision_limit=config.collision_limit,
+                    runtime=runtime,
+                    tell=tell,
                 )
+        encoder, predicted = checked.encoder, checked.predicted_kl
         scale = encoder.scale
         passed = learnt.heldout.passes and scale > 0.0
         worse = None
@@ -203,7 +213,8 @@ def personalize(
                     "k": pack.k,
                     "kl_budget": config.kl_budget,
                     "predicted_kl": round(predicted, 6),
-                    "nll_ratio": None if nll_ratio is None else round(nll_ratio, 4),
+                    "nll_ratio": rounded(checked.nll_ratio),
+                    "collision_ratio": rounded(checked.collision_ratio),
                     "reliability": round(learnt.reliability, 4),
                     "heldout": {key: round(value, 4) for key, value in asdict(learnt.heldout).items()},
                     "pairs": len(dataset.pairs),
@@ -227,7 +238,8 @@ def personalize(
             outside_support=learnt.outside_support,
             scale=scale,
             predicted_kl=predicted,
-            nll_ratio=nll_ratio,
+            nll_ratio=checked.nll_ratio,
+            collision_ratio=checked.collision_ratio,
             stages_sec=stages.seconds,
             profile_bytes=store.size_bytes(profile, saved.number),
             activated=activated,
@@ -345,6 +357,11 @@ def _nothing(sources: Sequence[Source], counts: RowCounts, profile: str) -> str:
     first = counts.dropped[0] if counts.dropped else None
     why = f"; the first problem: {first.file}:{first.line}: {first.reason}" if first else ""
     return f"none of the {counts.read} rows in {', '.join(s.name for s in sources)} can be used{why}"
+
+
+def rounded(value: float | None) -> float | None:
+    """To what a manifest keeps."""
+    return None if value is None else round(value, 4)
 
 
 def _reason(*, passed: bool, config: PersonalizeConfig, more: int | None, total: int, scale: float) -> str | None:

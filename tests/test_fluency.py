@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edge_align.config import SamplingConfig
-from edge_align.fluency import ANSWERS, fluent_factor, sampled_nll, TOKENS
+from edge_align.fluency import ANSWERS, collision, fluent_factor, sample_base, sampled_nll, TOKENS, varied_factor
+from edge_align.pack import BaseSample
 from edge_align.records import Completion, SteeringVectors, user_prompt
 from edge_align.simulation.prompts import prompts
 
@@ -33,6 +34,9 @@ class Noisier:
             yield np.tile(np.log(np.array([[0.75, 0.25]], np.float32)), (len(tokens), 1))
 
 
+BASE_NLL = -np.log(0.75)
+
+
 def steering(strength: float) -> SteeringVectors:
     array = np.zeros((3, 2), np.float32)
     array[1] = strength
@@ -47,20 +51,56 @@ def test_nll_is_that_of_the_tokens_drawn():
 
 
 def test_a_profile_within_the_limit_keeps_its_strength():
-    factor, ratio = fluent_factor(Noisier(), steering(0.25), limit=1.2)
+    factor, ratio = fluent_factor(Noisier(), steering(0.25), limit=1.2, base_nll=BASE_NLL)
     assert factor == 1.0 and 1.0 < ratio <= 1.2
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0, 3.0])
 def test_a_stronger_one_loses_what_is_too_much_and_no_more(strength):
     """By hand: a share s of unlikely tokens adds s ln 3 to an NLL of ln 4/3, so a ratio of 1.5 has s = .131."""
-    backend = Noisier()
-    factor, ratio = fluent_factor(backend, steering(strength), limit=1.5)
+    factor, ratio = fluent_factor(Noisier(), steering(strength), limit=1.5, base_nll=BASE_NLL)
     assert 1.0 <= ratio <= 1.5 and 0.25 < strength * factor <= 0.53
-    assert backend.asked[0] == 0.0  # the base's own NLL, unless it is known
-    again = Noisier()
-    assert fluent_factor(again, steering(strength), limit=1.5, base_nll=-np.log(0.75)) == pytest.approx((factor, ratio))
-    assert 0.0 not in again.asked
+
+
+class Narrower(Noisier):
+    """A base of two equally likely tokens; steered by s, the odds of the first are e to the s at every position."""
+
+    def score_many(self, rendered, answers, *, vectors):
+        strength = 0.0 if vectors is None else float(vectors.array.max())
+        for tokens in answers:
+            yield np.tile(np.array([[strength, 0.0]], np.float32), (len(tokens), 1))
+
+
+def test_collisions_are_those_of_the_mean_distribution():
+    """By hand: odds of 3 to 1 are .75 and .25, which collide with a chance of .625; even odds with one of .5."""
+    answers = ((0, 1), (0, 1, 1))
+    assert collision(Narrower(), answers, None) == pytest.approx(0.5)
+    assert collision(Narrower(), answers, steering(np.log(3))) == pytest.approx(0.625)
+
+
+def test_the_mean_is_over_all_positions_of_all_answers():
+    """Two certain but different positions of one answer, one of another: q = (2/3, 1/3), and 5/9 of pairs collide."""
+
+    class Certain(Noisier):
+        def score_many(self, rendered, answers, *, vectors):
+            yield np.array([[50.0, 0.0], [0.0, 50.0]], np.float32)
+            yield np.array([[50.0, 0.0]], np.float32)
+
+    assert collision(Certain(), ((0, 0), (0,)), None) == pytest.approx(5 / 9)
+
+
+@pytest.mark.parametrize("strength", [0.2, 2.0, 6.0])
+def test_a_profile_that_says_the_same_words_is_weakened_to_the_limit(strength):
+    """Even odds collide with .5, so 1.3 times that is .65: odds of 3.4 to 1, a strength of 1.22 (q^2 + (1-q)^2)."""
+    base = BaseSample(((0, 1),), 1.0, 0.5)
+    factor, ratio = varied_factor(Narrower(), steering(strength), base, limit=1.3)
+    assert ratio <= 1.3 and (factor == 1.0 if strength < 1.22 else 0.3 < strength * factor <= 1.2257)
+
+
+def test_the_base_is_held_against_itself():
+    own = sample_base(Noisier(), draws=2)
+    assert own.answers == ((0,) * TOKENS,) * ANSWERS
+    assert own.nll == pytest.approx(BASE_NLL, rel=1e-5) and own.collision == pytest.approx(0.75**2 + 0.25**2)
 
 
 def test_on_the_real_base_against_a_plain_reading_of_the_same_answers(backend):

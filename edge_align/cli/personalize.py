@@ -47,6 +47,14 @@ from edge_align.config import default, PersonalizeConfig, RuntimeConfig
     help="Most NLL of personal answers under the base, as a multiple of the base's own; strength is lowered to keep "
     "it. 0: they are not tried.",
 )
+@click.option(
+    "--collision-limit",
+    type=float,
+    metavar="X",
+    default=default(PersonalizeConfig, "collision_limit"),
+    help="Most sameness of words in personal answers, as a multiple of the base's own; strength is lowered to keep it. "
+    "0: not looked at.",
+)
 @click.option("--seed", type=int, default=default(PersonalizeConfig, "seed"), help="Seed of the training.")
 @click.option("--no-activate", is_flag=True, show_default=False, help="Keep the new version, but do not switch to it.")
 @click.option("--force", is_flag=True, show_default=False, help="Switch to it even when it cannot be told from chance.")
@@ -62,6 +70,7 @@ def command(
     user: str | None,
     kl_budget: float,
     nll_limit: float,
+    collision_limit: float,
     seed: int,
     no_activate: bool,
     force: bool,
@@ -76,7 +85,12 @@ def command(
     from edge_align.personalize import personalize, PersonalizeConfig, Source
 
     config = PersonalizeConfig(
-        kl_budget=kl_budget, nll_limit=nll_limit, seed=seed, activate=not no_activate, force=force
+        kl_budget=kl_budget,
+        nll_limit=nll_limit,
+        collision_limit=collision_limit,
+        seed=seed,
+        activate=not no_activate,
+        force=force,
     )
     sources = [Source("stdin", stdin_bytes()) if name == "-" else Source(name, Path(name)) for name in files]
     with stages() as progress:

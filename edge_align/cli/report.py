@@ -29,6 +29,8 @@ def show_report(report: Report) -> None:
         text = f"scale {report['scale']:.3g}, predicted KL {kl or 0.0:.3g} nats per token"
         if report["nll_ratio"] is not None:
             text += f"; its answers have {report['nll_ratio']:.2f} x the base's NLL"
+        if report["collision_ratio"] is not None:
+            text += f", the same words {report['collision_ratio']:.2f} x as often"
         facts.append(("Strength", text))
     facts.append(("Time", time_in_words(report["stages_sec"])))
     facts.append(("Profile", profile_in_words(report)))

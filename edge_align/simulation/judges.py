@@ -17,6 +17,7 @@ from edge_align.errors import BackendUnavailable, InputError
 from edge_align.simulation.lexicon import (
     CASUAL,
     FIRST_PERSON,
+    FIRST_PERSON_PLURAL,
     FORMAL,
     HEDGES,
     NEGATIVE,
@@ -32,7 +33,7 @@ EMPTY = -1e6
 """What an answer without a word is worth to anybody; keep it out of means."""
 
 QUESTIONS_ENOUGH = 3
-"""More questions than this in one answer please nobody more."""
+"""More questions, or exclamations, than this in one answer please nobody more."""
 
 NEGATION_REACH = 3
 """A negator turns the sentiment of this many words after it, within its clause."""
@@ -43,6 +44,9 @@ SENTIMENT_PRIOR = 20
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _CLAUSE_END = re.compile(r"[.,;:!?\n]+")
 _QUESTION = re.compile(r"\?[?!\"')\s]*")
+_EXCLAMATION = re.compile(r"![?!\"')\s]*")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_SENTENCE_END = re.compile(r"[.?!]+(?:\s|$)|\n+")
 _LIST_LINE = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+\S", re.MULTILINE)
 
 
@@ -150,6 +154,30 @@ def assertive(text: str) -> float:
 def lists(text: str) -> float:
     """Number of bulleted or numbered lines."""
     return float(len(_LIST_LINE.findall(text)))
+
+
+@_judge
+def inclusive(text: str) -> float:
+    """we, our, let's, ... per 100 words."""
+    return _rate(text, FIRST_PERSON_PLURAL)
+
+
+@_judge
+def exclaims(text: str) -> float:
+    """Number of exclamations, up to QUESTIONS_ENOUGH."""
+    return float(min(len(_EXCLAMATION.findall(text)), QUESTIONS_ENOUGH))
+
+
+@_judge
+def numbers(text: str) -> float:
+    """Numbers in digits per 100 words."""
+    return 100.0 * len(_NUMBER.findall(text)) / word_count(text)
+
+
+@_judge
+def short_sentences(text: str) -> float:
+    """Minus the mean number of words in a sentence; a line's end also ends one."""
+    return -word_count(text) / sum(1 for part in _SENTENCE_END.split(text) if words(part))
 
 
 @_judge

@@ -94,6 +94,7 @@ NEGATORS = frozenset(
 
 SECOND_PERSON = frozenset("you your yours yourself yourselves you're you've you'll you'd".split())
 FIRST_PERSON = frozenset("i me my mine myself i'm i've i'll i'd".split())
+FIRST_PERSON_PLURAL = frozenset("we us our ours ourselves let's we're we've we'll we'd".split())
 
 HEDGES = frozenset(
     """

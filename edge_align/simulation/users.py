@@ -49,7 +49,12 @@ MORE_USERS: tuple[User, ...] = (
     User("lists", judges.lists, "likes lists"),
     User("plain", judges.plain, "likes a plain, brief answer", max_tokens=256),
     User("flowery", judges.flowery, "likes a flowery answer", max_tokens=256),
+    User("inclusive", judges.inclusive, "likes an answer that says 'we'"),
+    User("exclaims", judges.exclaims, "likes exclamation marks"),
+    User("numbers", judges.numbers, "likes figures"),
+    User("short_sentences", judges.short_sentences, "likes short sentences"),
 )
+"""People by whom choices are made (validation); no claim is made of them."""
 
 
 def user(name: str) -> User:

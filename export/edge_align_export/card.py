@@ -36,6 +36,7 @@ temperature 1, top-k 100, top-p 0.95, seed {manifest["config"]["seed"]}.{_traini
 | predicted against measured KL, median factor | {health["kl_factor_median"]} |
 | the same, worst of {manifest["config"]["curve_points"]} directions and radii | {health["kl_factor_worst"]} |
 | NLL of the base's own short answers, nats per token | {health["base_nll"]} |
+| chance that two of their tokens are the same | {health["base_collision"]} |
 | closed loop: share of an injected latent that comes back in the answers | {health["loop_gain"]} |
 | closed loop: cosine between what was injected and what came back | {health["loop_cosine"]} |{told}
 

@@ -19,7 +19,7 @@ from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import BackendUnavailable, CorruptArtefact, InputError
 from edge_align.features import open_encoder, prompt_features
 from edge_align.files import make_private_dir
-from edge_align.fluency import sampled_nll
+from edge_align.fluency import sample_base
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
 from edge_align.pack import LatentPack, load_pack, save_pack
@@ -119,7 +119,8 @@ def build_pack(
         rng = np.random.default_rng(config.seed)
         measured = measure(base, backend, answers, pack, config, rng, work, stage)
         health |= measured.health
-        health["base_nll"] = round(sampled_nll(backend, None), 4)
+        own = sample_base(backend, draws=8)
+        health |= {"base_nll": round(own.nll, 4), "base_collision": round(own.collision, 6)}
         if isinstance(passes, TorchPasses):
             health |= health_of(passes.model, corpus, pack, layers, tell=stage("health"))
         health |= closed_loop(base, passes, answers, measured.pack, config, rng, tell=stage("closed loop"))
@@ -136,6 +137,7 @@ def build_pack(
         "readout": None if read_by is None else origin(read_by),
         "layers": [layers.start, layers.stop - 1],
         "answers": len(answers),
+        "base_answers": own.answers,
         "health": health,
         "seconds": seconds,
         "edge_align": edge_align.__version__,
