@@ -22,7 +22,8 @@ from edge_align.simulation.prompts import prompts
 ANSWERS = 16
 TOKENS = 32  # of each; what goes wrong goes wrong early
 CONTEXT = 512  # tokens a prompt and its answer may take
-ROUNDS = 3  # of lowering the factor
+ROUNDS = 3  # of lowering the factor, each of new samples
+READ_ROUNDS = 6  # where nothing is sampled; one or two are usual
 
 Tell = Callable[[float], None]
 
@@ -81,14 +82,13 @@ def collision(backend: Scoring, answers: Sequence[Sequence[int]], vectors: Steer
 def varied_factor(backend: Scoring, vectors: SteeringVectors, base: BaseSample, *, limit: float) -> tuple[float, float]:
     """The factor of `vectors`, at most 1, at which words collide at most `limit` times as often; the ratio there.
 
-    What is over 1 rises about with the factor, so each step multiplies it by what is allowed over what is there; after
-    ROUNDS steps the ratio may still be over the limit.
+    What is over 1 rises about with the factor's square. After READ_ROUNDS steps the ratio may still be over the limit.
     """
     factor, ratio = 1.0, collision(backend, base.answers, vectors) / base.collision
-    for _ in range(ROUNDS):
+    for _ in range(READ_ROUNDS):
         if ratio <= limit:
             break
-        factor *= min(0.95, max(0.3, (limit - 1.0) / (ratio - 1.0)))
+        factor *= min(0.95, max(0.3, sqrt((limit - 1.0) / (ratio - 1.0))))
         ratio = collision(backend, base.answers, vectors.scaled(factor)) / base.collision
     return factor, ratio
 
@@ -104,7 +104,7 @@ def fluent_factor(
     """The factor of `vectors`, at most 1, at which answers keep within `limit` times the base's NLL; the ratio there.
 
     base_nll: `sampled_nll` of the base. The NLL rises about with the factor's square, faster where answers fall apart;
-    after ROUNDS steps, each of new samples, the ratio may still be over the limit.
+    after ROUNDS steps the ratio may still be over the limit.
     """
     factor, ratio = 1.0, sampled_nll(backend, vectors, tell=tell) / base_nll
     for _ in range(ROUNDS):

@@ -75,7 +75,7 @@ class LatentPack:
             answers = tuple(tuple(int(token) for token in answer) for answer in self.manifest["base_answers"])
             health = self.manifest["health"]
             found = BaseSample(answers, float(health["base_nll"]), float(health["base_collision"]))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
         return found if all(answers) and found.nll > 0.0 and found.collision > 0.0 else None
 

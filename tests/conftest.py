@@ -116,6 +116,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Any:
         curve_points=4,
         loop_latents=2,
         loop_prompts=2,
+        base_draws=1,
         loop_tokens=8,
     )
     home, runtime = Home(tmp_path_factory.mktemp("built")), RuntimeConfig(n_threads=1, n_ctx=512)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import packs
 
 from edge_align.errors import ArtefactError, CorruptArtefact, EdgeAlignError, IncompatibleBase, UnsupportedVersion
-from edge_align.pack import fit_kl_curve, kl_of_quadratic, load_pack, MANIFEST, save_pack, TENSORS
+from edge_align.pack import BaseSample, fit_kl_curve, kl_of_quadratic, load_pack, MANIFEST, save_pack, TENSORS
 
 
 @pytest.fixture
@@ -140,6 +140,26 @@ def test_a_manifest_with_anything_in_it_raises_artefact_errors_only(tmp_path_fac
         load_pack(folder)
     except ArtefactError as error:
         assert "\n" not in str(error)
+
+
+def test_the_answers_of_the_base_come_along(folder, pack):
+    assert pack.base_sample is None
+    kept = {"base_answers": [[1, 2], [3]], "health": {"base_nll": 1.5, "base_collision": 0.01}}
+    change(folder, **kept)
+    assert load_pack(folder).base_sample == BaseSample(((1, 2), (3,)), 1.5, 0.01)
+    for wrong in ({"base_answers": [[1], []]}, {"base_answers": [["a"]]}, {"health": {"base_nll": 1.5}}):
+        change(folder, **kept | wrong)
+        assert load_pack(folder).base_sample is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(JSON, JSON, JSON)
+def test_whatever_stands_in_their_place_is_no_error(tmp_path_factory, answers, nll, collision):
+    folder = tmp_path_factory.getbasetemp() / "odd-sample"
+    save_pack(folder, tensors=packs.tensors(), manifest=packs.manifest())
+    change(folder, base_answers=answers, health={"base_nll": nll, "base_collision": collision})
+    found = load_pack(folder).base_sample
+    assert found is None or (all(found.answers) and found.nll > 0 and found.collision > 0)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, TENSORS])

@@ -19,13 +19,14 @@ from edge_align.store import FeedbackLog
 ONE = RuntimeConfig(n_threads=1, n_ctx=512)
 KEYS = {
     *("profile", "version", "model", "rows", "pairs", "heldout", "scale", "predicted_kl", "nll_ratio", "stages_sec"),
-    *("profile_bytes", "activated", "reason"),
+    *("collision_ratio", "profile_bytes", "activated", "reason"),
 }
 
 
 def learn(home: Home, *paths, progress=None, **options) -> PersonalizeReport:
     sources = [Source(path.name, path) for path in paths]
-    config = PersonalizeConfig(**{"nll_limit": 0.0} | options)  # the answers of the check take seconds
+    unchecked = {"nll_limit": 0.0, "collision_limit": 0.0}  # what the check samples takes seconds
+    config = PersonalizeConfig(**unchecked | options)
     return personalize(home=home, sources=sources, config=config, runtime=ONE, progress=progress)
 
 
@@ -77,6 +78,17 @@ def test_answers_are_tried_and_a_profile_that_costs_fluency_is_made_weaker(home,
     assert lowered.predicted_kl < kept.predicted_kl
     manifest = ProfileStore(home).load("default", lowered.version)[1]
     assert manifest["nll_ratio"] == pytest.approx(lowered.nll_ratio, abs=1e-4)
+    assert kept.collision_ratio is None and manifest["collision_ratio"] is None
+
+
+def test_a_profile_that_makes_answers_alike_is_made_weaker(home, learnt):
+    kept = learn(home, collision_limit=100.0)
+    assert kept.scale == learnt[1].scale and kept.nll_ratio is None
+    limit = (1.0 + kept.collision_ratio) / 2
+    lowered = learn(home, collision_limit=limit)
+    assert kept.collision_ratio > limit >= lowered.collision_ratio and lowered.scale < kept.scale
+    manifest = ProfileStore(home).load("default", lowered.version)[1]
+    assert manifest["collision_ratio"] == pytest.approx(lowered.collision_ratio, abs=1e-4)
 
 
 def test_the_same_file_again_adds_no_row_and_gives_the_same_profile(home, clear):

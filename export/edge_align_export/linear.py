@@ -43,6 +43,7 @@ class LinearConfig:
     loop_prompts: int = 16
     loop_tokens: int = 48
     loop_kl: float = 0.4
+    base_draws: int = 8  # samples over which the NLL of the base's own short answers is a mean
     seed: int = 1000
 
     def __post_init__(self) -> None:

@@ -119,7 +119,7 @@ def build_pack(
         rng = np.random.default_rng(config.seed)
         measured = measure(base, backend, answers, pack, config, rng, work, stage)
         health |= measured.health
-        own = sample_base(backend, draws=8)
+        own = sample_base(backend, draws=config.base_draws)
         health |= {"base_nll": round(own.nll, 4), "base_collision": round(own.collision, 6)}
         if isinstance(passes, TorchPasses):
             health |= health_of(passes.model, corpus, pack, layers, tell=stage("health"))

@@ -110,6 +110,7 @@ REPORT = {
     "scale": 2.312,
     "predicted_kl": 0.25,
     "nll_ratio": 1.12,
+    "collision_ratio": 1.08,
     "stages_sec": {"read": 0.1, "encode": 1.5, "fit": 0.25},
     "profile_bytes": 1234,
     "activated": True,

@@ -102,7 +102,14 @@ def test_a_pack_is_made_from_a_file_and_its_latents_stay_when_they_are_taken_ove
     path = write_gguf(tmp_path / "tiny.gguf", "llama")
     home, one = Home(tmp_path / "home"), RuntimeConfig(n_threads=1, n_ctx=256)
     small = LinearConfig(
-        k=8, metric_answers=3, metric_tokens=8, curve_points=6, loop_latents=2, loop_prompts=2, loop_tokens=4
+        k=8,
+        metric_answers=3,
+        metric_tokens=8,
+        curve_points=6,
+        loop_latents=2,
+        loop_prompts=2,
+        loop_tokens=4,
+        base_draws=1,
     )
     kwargs = {"home": home, "model": str(path), "fast": True, "runtime": one, "config": small}
     made = [

@@ -29,6 +29,7 @@ SMALL = LinearConfig(
     curve_points=4,
     loop_latents=2,
     loop_prompts=2,
+    base_draws=1,
     loop_tokens=8,
 )
 
