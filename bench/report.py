@@ -36,11 +36,12 @@ def gate_of(results: Results, pairs: int) -> tuple[Result, Result]:
 
 # -- sections ------------------------------------------------------------------------------------------------------
 def quality_of(
-    results: Results, pairs: int, *, flip: float = 0.0, fresh: bool = False, pack: str | None = None
+    results: Results, pairs: int, *, flip: float = 0.0, fresh: bool = False, before: Result | None = None
 ) -> tuple[Result, list[Result]]:
     """The newest quality result at this number of pairs and share of wrong verdicts, and its rows.
 
-    fresh: on prompts that earlier runs have not seen. pack: hash of the pack it was made with, any unless given.
+    fresh: on prompts that earlier runs have not seen. before: a result it is to be compared with; one
+    of the same pack that was measured before it is of the same code, or nearly.
     """
 
     def asked(result: Result) -> bool:
@@ -49,7 +50,7 @@ def quality_of(
             options.get("flip", 0.0) == flip
             and options.get("set", "test") == "test"
             and bool(options.get("skip")) == fresh
-            and pack in (None, result["pack_hash"])
+            and (before is None or (result["pack_hash"] == before["pack_hash"] and result["date"] < before["date"]))
             and any(row["pairs"] == pairs for row in result["users"])
         )
 
@@ -110,7 +111,7 @@ def flipped(results: Results) -> str:
     """What is left of the gain over one half when verdicts are wrong."""
     size = SIZES[0]
     result, rows = quality_of(results, size, flip=FLIP)
-    clean = {row["user"]: row for row in quality_of(results, size, pack=result["pack_hash"])[1]}
+    clean = {row["user"]: row for row in quality_of(results, size, before=result)[1]}
     pairs = [(clean[row["user"]], row) for row in rows]
     left = mean(row["win_rate"] - 0.5 for _, row in pairs) / mean(one["win_rate"] - 0.5 for one, _ in pairs)
     body = [
