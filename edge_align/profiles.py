@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 ACTIVE = "active.json"
 SIZE_LIMIT = 16 * 2**20  # bytes of a version or an archive; real ones have a few thousand
-NAMED = 10  # profiles in an error that says which there are
 
 _VERSION = re.compile(r"v([0-9]{4,6})")
 _REMOVED = ".removed-"
@@ -317,10 +316,8 @@ class ProfileStore:
     def _existing(self, name: str) -> Path:
         folder = self._folder(name)
         if not folder.is_dir():
-            names = self.names()
-            known = ", ".join(names[:NAMED]) or "none yet; `edge-align personalize` makes one"
-            more = f" and {len(names) - NAMED:,} more, see `edge-align profiles list`" if len(names) > NAMED else ""
-            raise InputError(f"unknown profile {name}; there is {known}{more}")
+            known = ", ".join(self.names()) or "none yet; `edge-align personalize` makes one"
+            raise InputError(f"unknown profile {name}; there is {known}")
         return folder
 
     @contextmanager

@@ -38,7 +38,7 @@ def start(script: str, *options: str) -> subprocess.Popen[str]:
 def run(script: str, *options: str) -> dict[str, Any]:
     """The JSON document that is the last line of stdout."""
     process = start(script, *options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     document: dict[str, Any] = json.loads(out.splitlines()[-1])
     return document
@@ -275,7 +275,7 @@ def test_a_script_without_training_answers_says_which_one_makes_them(
     tmp_path: Path, workplace: tuple[str, ...]
 ) -> None:
     process = start("nulls.py", *workplace, "--cache", str(tmp_path), "--part", "gate")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=280)
     assert process.returncode == 1 and not out
     assert err.strip() == "there are no training answers yet; run: python bench/answers.py --set train"
 

@@ -37,7 +37,7 @@ from edge_align.runtime.onnx_checks import (
     check_vectors,
     steering_rows,
 )
-from edge_align.runtime.onnx_rows import OnnxRow, OnnxRows
+from edge_align.runtime.onnx_rows import OnnxRow, OnnxRows, same_in_any_batch
 from edge_align.runtime.onnx_session import check_graph, library, OnnxDecoder, open_session
 from edge_align.runtime.sampling import draw
 from edge_align.runtime.stream_text import TextStream
@@ -88,7 +88,8 @@ class OnnxBackend:
             device=provider.device,
             per_row_steering=True,
         )
-        rows = OnnxRows(OnnxDecoder(session, model, device=provider.device, rows=config.n_rows, room=n_ctx))
+        decoder = OnnxDecoder(session, model, device=provider.device, rows=config.n_rows, room=n_ctx)
+        rows = OnnxRows(decoder, together=same_in_any_batch(decoder))
         return cls(model, session, tokenizer, row=_taken(rows), info=info, reason=provider.reason)
 
     def fork(self) -> OnnxBackend:

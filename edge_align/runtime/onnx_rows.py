@@ -6,6 +6,8 @@ then, in one batch: so users that ask, let the others ask, and then look, share 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from edge_align.runtime.onnx_session import OnnxDecoder
@@ -13,11 +15,29 @@ from edge_align.runtime.onnx_session import OnnxDecoder
 LAST = np.zeros(1, np.int64)  # of one token, the logits after it
 
 
-class OnnxRows:
-    """The rows of a decoder, each taken by one user."""
+def same_in_any_batch(decoder: OnnxDecoder) -> bool:
+    """Has every row, in a batch of any size, the bits that it has alone? Tried with one token; rows must hold nothing.
 
-    def __init__(self, decoder: OnnxDecoder) -> None:
+    It depends on the processor: the four-bit products of ONNX Runtime add in another order for several rows where there
+    is AVX2 and no AVX-512.
+    """
+    tokens, held = np.arange(1, decoder.rows + 1)[:, None], np.zeros(decoder.rows, np.int64)
+    alone = [
+        decoder.run(tokens[i : i + 1], held[:1], steering=None, wanted=LAST, row=i).copy() for i in range(decoder.rows)
+    ]
+    for n in range(2, decoder.rows + 1):
+        found = decoder.run(tokens[:n], held[:n], steering=None, wanted=LAST, row=0)
+        if not np.array_equal(found, np.concatenate(alone[:n])):
+            return False
+    return True
+
+
+class OnnxRows:
+    """The rows of a decoder, each taken by one user. together: what was asked for is computed in one batch."""
+
+    def __init__(self, decoder: OnnxDecoder, *, together: bool = True) -> None:
         self.decoder = decoder
+        self.together = together
         self.held = np.zeros(decoder.rows, np.int64)  # tokens in each row; what lies behind them may be overwritten
         self._free = list(range(decoder.rows))[::-1]
         self._asked: dict[int, tuple[int, np.ndarray | None]] = {}
@@ -43,22 +63,22 @@ class OnnxRows:
 
     def logits(self, index: int) -> np.ndarray:
         if index not in self._logits:
-            self._compute()
+            self._compute(self._asked if self.together else [index])
         return self._logits.pop(index)
 
-    def _compute(self) -> None:
-        """One token for every row that asked. Rows between them are computed too, to no effect on what they hold."""
-        first, end = min(self._asked), max(self._asked) + 1
+    def _compute(self, wanted: Collection[int]) -> None:
+        """One token for these rows, which asked. Rows between them are computed too, to no effect on what they hold."""
+        first, end = min(wanted), max(wanted) + 1
         tokens = np.zeros((end - first, 1), np.int64)
-        for index, (token, _) in self._asked.items():
-            tokens[index - first] = token
+        for index in wanted:
+            tokens[index - first] = self._asked[index][0]
         held = np.minimum(self.held[first:end], self.decoder.room - 1)
-        steering = self._stack([self._asked.get(index, (0, None))[1] for index in range(first, end)])
+        steering = self._stack([self._asked[i][1] if i in wanted else None for i in range(first, end)])
         logits = self.decoder.run(tokens, held, steering=steering, wanted=LAST, row=first)[:, 0]
-        for index in self._asked:
+        for index in [*wanted]:
             self.held[index] += 1
             self._logits[index] = logits[index - first].copy()
-        self._asked.clear()
+            del self._asked[index]
 
     def _stack(self, each: list[np.ndarray | None]) -> np.ndarray | None:
         """(1 or n, n_layer, d_model) of n times (1, n_layer, d_model) or None; the same object for the same ones."""
@@ -82,7 +102,7 @@ class OnnxRow:
     @property
     def shared(self) -> bool:
         """Are there other rows, whose users could ask before anything is computed?"""
-        return self.rows.decoder.rows > 1
+        return self.rows.together and self.rows.decoder.rows > 1
 
     def fill(self, tokens: np.ndarray, start: int) -> None:
         """Read tokens (n,) unsteered as those from position `start` on. Raises BackendError."""

@@ -59,7 +59,8 @@ def test_the_report_in_words(run, engine):
         "Pairs     10 (9 preference, 1 edit), and 1 single rating",
         "Answers   2 % lie outside what the latent pack covers",
         "Accuracy  predicts 87 % of 10 held-out preferences (95 % interval 79-92 %), chance p = .005",
-        "Strength  scale 2.31, predicted KL 0.25 nats per token; its answers have 1.12 x the base's NLL",
+        "Strength  scale 2.31, predicted KL 0.25 nats per token; its answers have 1.12 x the base's NLL, "
+        "the same words 1.08 x as often",
         "Time      read 0.1 s, encode 1.5 s, fit 0.2 s, together 1.9 s",
         "Profile   default version 3, 1.2 KiB, active",
         'Next      edge-align generate "How do I get better at cooking?" --compare',
