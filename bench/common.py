@@ -462,16 +462,7 @@ def learn_profile(bench: Bench, pairs: Sequence[PreferencePair], *, kl_budget: f
 
 def check_fluent(bench: Bench, learnt: Learnt, encoder: PreferenceEncoder) -> Checked:
     """`keep_fluent` with the limits that `personalize` has."""
-    config = PersonalizeConfig()
-    return keep_fluent(
-        bench.base,
-        bench.pack,
-        learnt,
-        encoder,
-        nll_limit=config.nll_limit,
-        collision_limit=config.collision_limit,
-        runtime=bench.runtime,
-    )
+    return keep_fluent(bench.base, bench.pack, learnt, encoder, config=PersonalizeConfig(), runtime=bench.runtime)
 
 
 @dataclass(frozen=True)

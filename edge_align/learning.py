@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_align.bases import BaseModel
-from edge_align.config import RuntimeConfig
+from edge_align.config import PersonalizeConfig, RuntimeConfig
 from edge_align.encoder import PreferenceEncoder
 from edge_align.engines import open_backend, open_tokenizer
 from edge_align.features import embedding_table, MAX_TOKENS, open_base_encoder, prompt_features
@@ -156,12 +156,11 @@ def keep_fluent(
     learnt: Learnt,
     encoder: PreferenceEncoder,
     *,
-    nll_limit: float,
-    collision_limit: float,
+    config: PersonalizeConfig,
     runtime: RuntimeConfig | None = None,
     tell: Callable[[float], None] | None = None,
 ) -> Checked:
-    """`encoder`, less strong where its answers would be alike or unlikely beyond these multiples of the base's own.
+    """`encoder`, less strong where its answers would be alike or unlikely beyond the limits of `config`.
 
     A limit of 0 is not looked at. A prompt-dependent profile is tried with its mean latent. Raises BackendError,
     ModelLoadError.
@@ -173,11 +172,11 @@ def keep_fluent(
     with closing(open_backend(base, replace(runtime or RuntimeConfig(), n_ctx=CONTEXT))) as backend:
         own = pack.base_sample or sample_base(backend)
         factor = 1.0
-        if collision_limit:
-            factor, alike = varied_factor(backend, vectors, own, limit=collision_limit)
-        if nll_limit:
+        if config.collision_limit:
+            factor, alike = varied_factor(backend, vectors, own, limit=config.collision_limit)
+        if config.nll_limit:
             weaker = vectors.scaled(factor)
-            fluent, nll = fluent_factor(backend, weaker, limit=nll_limit, base_nll=own.nll, tell=tell)
+            fluent, nll = fluent_factor(backend, weaker, limit=config.nll_limit, base_nll=own.nll, tell=tell)
             factor *= fluent
     encoder = replace(encoder, scale=encoder.scale * factor)
     return Checked(encoder, pack.mean_kl(learnt.latents * encoder.scale), nll, alike)

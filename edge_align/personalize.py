@@ -183,16 +183,7 @@ def personalize(
         checked = Checked(encoder, predicted)
         if config.nll_limit or config.collision_limit:
             with stages.stage("check") as tell:
-                checked = keep_fluent(
-                    base,
-                    pack,
-                    learnt,
-                    encoder,
-                    nll_limit=config.nll_limit,
-                    collision_limit=config.collision_limit,
-                    runtime=runtime,
-                    tell=tell,
-                )
+                checked = keep_fluent(base, pack, learnt, encoder, config=config, runtime=runtime, tell=tell)
         encoder, predicted = checked.encoder, checked.predicted_kl
         scale = encoder.scale
         passed = learnt.heldout.passes and scale > 0.0

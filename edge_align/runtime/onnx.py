@@ -89,7 +89,7 @@ class OnnxBackend:
             per_row_steering=True,
         )
         decoder = OnnxDecoder(session, model, device=provider.device, rows=config.n_rows, room=n_ctx)
-        rows = OnnxRows(decoder, together=same_in_any_batch(decoder))
+        rows = OnnxRows(decoder, together=decoder.rows == 1 or same_in_any_batch(decoder))
         return cls(model, session, tokenizer, row=_taken(rows), info=info, reason=provider.reason)
 
     def fork(self) -> OnnxBackend:
