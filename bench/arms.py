@@ -3,9 +3,10 @@
     python bench/answers.py --set train && python bench/arms.py --save
 
 Arms: the preference written in the system prompt; three pairs shown in it; the mean difference of the chosen and the
-rejected answers' hidden states as a control vector, at the KL that ours measures; ours; ours with the written
-preference. Every arm answers the same unseen questions with the same cap and seeds, and NLL is always that of the
-answer after the bare question, under the base. LoRA-DPO is in training_time.py, for it takes minutes a person.
+rejected answers' hidden states as a control vector, at the KL that ours measures; with --bipo, vectors trained through
+the base at that KL (bipo.py); ours; ours with the written preference. Every arm answers the same unseen questions with
+the same cap and seeds, and NLL is always that of the answer after the bare question, under the base. LoRA-DPO is in
+lora.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import bipo
 import numpy as np
 from common import (
     Answer,
@@ -30,6 +32,7 @@ from common import (
     train_answers,
     users_pairs,
 )
+from lora_dpo import tokenized
 from quality import answer_cap, judged, other_judges
 from rich.table import Table
 
@@ -40,7 +43,6 @@ from edge_align.simulation.users import User, wins
 
 SHOWN = 3  # pairs in the prompt
 SHOWN_CHARS = 400  # of each answer
-FIRST_BLOCK, LAST_BLOCK = 8, 21  # what the shipped pack steers
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.prompts, args.max_tokens, args.pairs = 2, 8, 8
     questions, answers = train_answers(bench)
-    unseen = list(prompts("test")[: args.prompts])
+    unseen = list(prompts(args.set)[: args.prompts])
     second = other_judges()
     rows = []
     for who in chosen_users(args.users):
@@ -103,11 +105,18 @@ def arms(bench: Bench, who: User, pairs: Sequence[PreferencePair], unseen: Seque
     ours = steering(bench, profile.encoder, unseen[:1])[0]
     assert ours is not None
     written = told("written preference", f"You are a helpful assistant. The user {who.description}.")
-    difference_sec, difference = timed(lambda: mean_difference(bench, pairs, like=ours))
+    difference_sec, difference = timed(lambda: mean_difference(bench, pairs))
+    trained = []
+    if bench.args.bipo:
+        settings = bipo.Bipo(learning_rate=bench.args.bipo, epochs=1 if bench.args.quick else bipo.Bipo.epochs)
+        layers, rows = other_blocks(bench), tokenized(bench, pairs)
+        seconds, found = timed(lambda: bipo.train(bench.reference, rows, layers, settings, seed=bench.args.seed))
+        trained = [Arm("trained vectors (BiPO)", user_prompt, at_kl_of(bench, found, ours), seconds, 0)]
     return [
         written,
         told("three pairs in the prompt", shown(pairs[:SHOWN])),
-        Arm("mean-difference vector", user_prompt, difference, difference_sec, 0),
+        Arm("mean-difference vector", user_prompt, at_kl_of(bench, difference, ours), difference_sec, 0),
+        *trained,
         Arm("edge-align", user_prompt, ours, profile_sec, 0),
         Arm("edge-align + written preference", written.ask, ours, profile_sec, written.prompt_tokens),
     ]
@@ -122,25 +131,35 @@ def shown(pairs: Sequence[PreferencePair]) -> str:
     return "\n\n".join(parts)
 
 
-def mean_difference(bench: Bench, pairs: Sequence[PreferencePair], *, like: SteeringVectors) -> SteeringVectors:
-    """Chosen minus rejected hidden states, mean over answers' tokens and over pairs, at the measured KL of `like`.
+def other_blocks(bench: Bench) -> range:
+    """Blocks that the other vectors are added to: those of --blocks that the base has."""
+    first, last = map(int, bench.args.blocks.split(","))
+    return range(first, min(last + 1, bench.base.n_layer))
 
-    The direction is that of contrastive activation addition (arXiv 2312.06681, section 2) on our blocks.
+
+def mean_difference(bench: Bench, pairs: Sequence[PreferencePair]) -> np.ndarray:
+    """Chosen minus rejected hidden states, mean over answers' tokens and over pairs: (n_layer, d_model) float32.
+
+    The direction is that of contrastive activation addition (arXiv 2312.06681, section 2).
     """
-    blocks = range(FIRST_BLOCK, min(LAST_BLOCK + 1, bench.base.n_layer))
+    blocks = list(other_blocks(bench))
     rows, spans = [], []
     for pair in pairs:
         prompt = bench.backend.render(pair.prompt)
         for text in (pair.chosen, pair.rejected):
             rows.append([*prompt, *(bench.backend.tokenize(text) or [0])])
             spans.append((len(prompt), len(rows[-1])))
-    means = bench.passes.mean_hidden(rows, spans, list(blocks))
+    means = bench.passes.mean_hidden(rows, spans, blocks)
     array = np.zeros((bench.base.n_layer, bench.base.d_model), np.float32)
-    array[blocks.start : blocks.stop] = (means[0::2] - means[1::2]).mean(0)
+    array[blocks] = (means[0::2] - means[1::2]).mean(0)
+    return array
+
+
+def at_kl_of(bench: Bench, array: np.ndarray, like: SteeringVectors) -> SteeringVectors:
+    """Vectors in the direction of `array`, at the measured KL of `like`."""
     if like.is_zero:
         return like
-    probe = sampled_probe(bench.backend, seed=SEED)
-    vectors = SteeringVectors(array)
+    probe, vectors = sampled_probe(bench.backend, seed=SEED), SteeringVectors(array)
     return vectors.scaled(factor_for_kl(bench.backend, probe, vectors, measured_kl(bench.backend, probe, like))[0])
 
 
@@ -172,6 +191,9 @@ if __name__ == "__main__":
     p.add_argument("--users", metavar="A,B", help="default: all eight")
     p.add_argument("--pairs", type=int, default=100, help="pairs each arm may use")
     p.add_argument("--vectors-only", action="store_true", help="leave out the arms that write into the prompt")
-    p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
+    p.add_argument("--bipo", type=float, default=0.0, metavar="RATE", help="also train vectors, at this learning rate")
+    p.add_argument("--blocks", default="8,21", metavar="FIRST,LAST", help="that the other vectors are added to")
+    p.add_argument("--set", default="test", choices=("test", "validation"), help="of the unseen prompts")
+    p.add_argument("--prompts", type=int, default=100, help="unseen prompts")
     p.add_argument("--max-tokens", type=int, default=64)
     main(run, p.parse_args(), __file__)

@@ -177,10 +177,11 @@ def _alternatives(used: list[Result], found: dict[str, list[Result]]) -> str:
             ]
         )
     head = ["", *(who.replace("_", " ") for who in users), "mean", "ours against it", "NLL", "distinct-2"]
+    first, last = result["options"].get("blocks", "8,21").split(",")
     said = (
         f"**{result['pairs']} pairs, {result['prompts']} unseen prompts.** Win rates against the base. The "
         "written preference is the sentence that defines the user, which nobody tells the other arms. The "
-        "mean-difference vector steers the same blocks at the KL that ours measures."
+        f"other vectors steer the blocks {first} to {last}, at the KL that ours measures."
     )
     sources = "\n\n".join(map(source, used))
     return f"{said}\n\n{table([*head, 'tokens added to a prompt', 'to learn'], body)}\n\n{sources}"

@@ -50,6 +50,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
     import importlib
 
     names = (
+        "bipo",
         "common",
         "latent_dpo_vs_logistic",
         "nulls",
@@ -155,15 +156,16 @@ def test_learning_is_timed_stage_by_stage_and_as_a_whole(workplace: tuple[str, .
 
 
 def test_what_people_would_use_instead_is_judged_beside_ours(workplace: tuple[str, ...]) -> None:
-    rows = run("arms.py", *workplace, "--users", "short")["rows"]
+    rows = run("arms.py", *workplace, "--users", "short", "--bipo", "1e-2")["rows"]
     assert [row["arm"] for row in rows] == [
         "written preference",
         "three pairs in the prompt",
         "mean-difference vector",
+        "trained vectors (BiPO)",
         "edge-align",
         "edge-align + written preference",
     ]
-    ours = rows[3]
+    ours = rows[4]
     assert ours["ours_over_it"] == 0.5 and ours["prompt_tokens"] == 0  # against itself every question is a tie
     assert rows[1]["prompt_tokens"] > 20 and rows[1]["prompt_tokens"] > rows[0]["prompt_tokens"]
     assert all(0 <= row["win_rate"] <= 1 and row["nll"] > 0 for row in rows)
@@ -337,6 +339,33 @@ def test_rotary_layouts_are_each_others_reverse(bench: dict[str, ModuleType]) ->
     assert torch.equal(bench["lora_dpo"].split_halves(interleaved, 2), rows)
 
 
+def test_trained_vectors_raise_what_was_chosen_and_lower_it_when_they_are_turned_round(
+    bench: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    from edge_align.runtime.torch_ref import LlamaReference
+
+    bipo, model = bench["bipo"], LlamaReference(write_gguf(tmp_path / "tiny.gguf", "llama"))
+    rng = np.random.default_rng(0)
+    rows = [[(list(rng.integers(3, 60, 5)), list(rng.integers(3, 60, 7))) for _ in range(2)] for _ in range(6)]
+    layers = range(1, model.shape.n_layer)
+    vectors = bipo.train(model, rows, layers, bipo.Bipo(learning_rate=0.05, epochs=10), seed=0)
+
+    def margin(array: np.ndarray | None) -> float:
+        """Log-odds of the chosen answers, by plain passes over whole texts."""
+        total = 0.0
+        for pair in rows:
+            for sign, (prompt, answer) in zip((1, -1), pair, strict=True):
+                logits = torch.from_numpy(model.score(prompt, answer, array))
+                total += sign * float(logits.log_softmax(-1)[range(len(answer)), answer].sum())
+        return total / len(rows)
+
+    assert margin(vectors) > margin(None) + 0.5
+    assert margin(-vectors) < margin(None) - 0.5
+    assert not vectors[0].any() and np.array_equal(
+        vectors, bipo.train(model, rows, layers, bipo.Bipo(learning_rate=0.05, epochs=10), seed=0)
+    )
+
+
 def test_a_saved_document_never_replaces_another(
     bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +396,12 @@ def test_random_bases_and_made_up_people_are_timed_at_every_size(tiny_workplace:
     assert [row["pairs"] for row in found["pairs"]["rows"]] == [12, 24]
     assert [row["profiles"] for row in found["profiles"]["rows"]] == [4, 8]
     assert all(row["append_one_sec"] > 0 for row in found["rows"]["rows"])
+
+
+def test_an_engine_is_timed_beside_others_and_alone(tiny_workplace: tuple[str, ...]) -> None:
+    rows = run("contention.py", *tiny_workplace)["rows"]
+    assert len(rows) == 9 and len({(row["beside"], row["spins"]) for row in rows}) == 9
+    assert all(row["tokens_per_sec"] > 0 for row in rows)
 
 
 def test_page_and_readme_say_what_the_results_say() -> None:

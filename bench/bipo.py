@@ -1,0 +1,63 @@
+"""A steering vector trained through the frozen base on one person's pairs: BiPO (arXiv 2406.00045).
+
+The paper trains one vector after one block. Here several blocks have one each, from the last prompt token on, as the
+engines apply them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import progress
+from lora_dpo import Rows
+
+from edge_align.runtime.torch_ref import LlamaReference
+from edge_align_export.clap_loss import FrozenDecoder, make_batch
+
+MAX_TOKENS = 512  # of an answer
+
+
+@dataclass(frozen=True)
+class Bipo:
+    """Settings of a training; AdamW without weight decay, as the paper's code runs."""
+
+    learning_rate: float = 1e-2
+    beta: float = 0.1
+    epochs: int = 3
+    batch: int = 4  # pairs
+
+
+def train(model: LlamaReference, pairs: Sequence[Rows], layers: range, settings: Bipo, *, seed: int) -> np.ndarray:
+    """(n_layer, d_model) float32, zero outside `layers`. Deterministic by seed; the learning rate falls as a cosine."""
+    rng = np.random.default_rng(seed)
+    vectors = torch.zeros(len(layers), model.shape.d_model, device=model.device, requires_grad=True)
+    optimiser = torch.optim.AdamW([vectors], lr=settings.learning_rate, weight_decay=0.0)
+    orders = [rng.permutation(len(pairs)) for _ in range(settings.epochs)]
+    plan = [order[i : i + settings.batch] for order in orders for i in range(0, len(pairs), settings.batch)]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(plan))
+    untouched = torch.full((len(pairs), 2), torch.nan, device=model.device)  # NLL under the base
+    with progress("BiPO", len(plan)) as tell:
+        for step, part in enumerate(plan):
+            rows = [row for i in part for row in pairs[i]]
+            answers = [answer[:MAX_TOKENS] for _, answer in rows]
+            batch = make_batch([p for p, _ in rows], answers, torch.empty(0, device=model.device), n=2)
+            frozen = FrozenDecoder(model, batch, layers)
+            if untouched[part].isnan().any():
+                with torch.no_grad():
+                    untouched[part] = frozen.nll(None).view(-1, 2)
+            sign = float(rng.choice((-1.0, 1.0)))
+            moved = frozen.nll((sign * vectors).expand(len(rows), -1, -1)).view(-1, 2)
+            gain = untouched[part] - moved  # log-ratio of chosen and rejected
+            loss = -F.logsigmoid(sign * settings.beta * (gain[:, 0] - gain[:, 1])).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            tell(step + 1)
+    array = np.zeros((model.shape.n_layer, model.shape.d_model), np.float32)
+    array[list(layers)] = vectors.detach().float().cpu().numpy()
+    return array
