@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from report_cost import latency, scale, serving
+from report_cost import contention, latency, scale, serving
 from report_parts import earlier, mean, percent, Result, Results, ROOT, source, table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -313,6 +313,7 @@ SECTIONS = (
     ("The gate", gate),
     ("Time to learn a person", learning),
     ("Latency", latency),
+    ("Beside other programs", contention),
     ("How cost grows", scale),
     ("The server", serving),
 )

@@ -186,6 +186,29 @@ def instead(found: Result) -> str:
     return f"{said}\n\n{table(heads, rows)}"
 
 
+def contention(results: Results) -> str:
+    """Tokens per second beside other processes."""
+    result = results.newest("contention")
+    spins = sorted({row["spins"] for row in result["rows"]}, reverse=True)
+    speeds = {(row["beside"], row["spins"]): row for row in result["rows"]}
+    rows = []
+    for beside in dict.fromkeys(row["beside"] for row in result["rows"]):
+        found = [speeds[beside, n] for n in spins]
+        rows.append(
+            [
+                beside,
+                *(f"{one['tokens_per_sec']:.0f} ({min(one['all']):.0f} to {max(one['all']):.0f})" for one in found),
+            ]
+        )
+    said = (
+        "Tokens per second of llama.cpp, by how often a thread that waits for the others looks for them before it "
+        f"sleeps ([0013](decisions/0013-waiting-threads.md)); edge-align's is {result['default_spins']}, GCC's own "
+        "300,000. Of two engines, the mean."
+    )
+    heads = ["beside", *(f"{n:,} looks" for n in spins)]
+    return f"{said}\n\n{table(heads, rows)}\n\n{source(result)}"
+
+
 def scale(results: Results) -> str:
     result = results.newest("scale")
     parts = []

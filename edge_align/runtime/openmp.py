@@ -15,7 +15,7 @@ def short_waits() -> Iterator[None]:
     """An OpenMP that is loaded in this block waits shortly; the environment is as before afterwards.
 
     llama.cpp's threads meet hundreds of times a token. Beside another busy program, one that looks for the others all
-    its time takes from them the core they need, and speed falls to a hundredth (docs/decisions/0013). A user's own
+    its time takes from them the core they need: two engines then stand still (docs/decisions/0013). A user's own
     GOMP_SPINCOUNT or OMP_WAIT_POLICY stands.
     """
     ours = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
