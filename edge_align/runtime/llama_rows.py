@@ -47,6 +47,7 @@ class Rows:
         self._model, self._n_ctx, self._n_threads = model, n_ctx, n_threads
         self._open: NativeContext | None = None
         self._held: list[np.ndarray] = []  # per stream: the unsteered prompt tokens it holds
+        self._read: list[bytes] = []  # prompts read since the cache was empty, in that order
         self._turn = 0
         self._closed = False
 
@@ -75,7 +76,7 @@ class Rows:
             n_seq=rows,
             n_outputs=N_BATCH,
         )
-        self._held = [np.empty(0, np.int32) for _ in range(rows)]
+        self._held, self._read = [np.empty(0, np.int32) for _ in range(rows)], []
         return self._open
 
     # -- prompts ---------------------------------------------------------------------------------------------------
@@ -98,6 +99,7 @@ class Rows:
         for start in range(keep, len(prompt), N_BATCH):
             context.decode_span(prompt[start : start + N_BATCH], start, seq=stream)
         self._held[stream] = prompt
+        self._read.append(prompt.tobytes())
 
     def _unsteer(self, context: NativeContext, stream: int) -> None:
         """Drop everything after the prompt."""
@@ -106,7 +108,13 @@ class Rows:
 
     def _reset(self, context: NativeContext) -> None:
         context.clear()
-        self._held = [held[:0] for held in self._held]
+        self._held, self._read = [held[:0] for held in self._held], []
+
+    def _as_if_read_now(self, prompts: list[np.ndarray]) -> bool:
+        """Does stream i hold prompt i, and were these alone read, in this order, into an empty cache?"""
+        return self._read == [prompt.tobytes() for prompt in prompts] and all(
+            np.array_equal(held, prompt) for held, prompt in zip(self._held, prompts, strict=False)
+        )
 
     # -- scoring ---------------------------------------------------------------------------------------------------
     def score(self, jobs: list[tuple[np.ndarray, np.ndarray]], vectors: SteeringVectors | None) -> Iterator[np.ndarray]:
@@ -183,7 +191,8 @@ class Rows:
         self._turn += 1
         longest = max(len(prompt) for prompt in prompts)
         context = self._context(min(longest + sampling.max_tokens, self._n_ctx), len(prompts))
-        self._reset(context)  # so that the same call always computes the same
+        if not self._as_if_read_now([prompt[:-1] for prompt in prompts[: context.n_seq]]):
+            self._reset(context)  # so that the same call always computes the same
         answers: list[Completion | None] = [None] * len(prompts)
         waiting = list(reversed(range(len(prompts))))
         rows: list[_Row] = []

@@ -284,6 +284,35 @@ def test_a_batch_repeats_itself_and_agrees_with_single_answers(
     assert backend.generate_batch([], vectors=None, sampling=sampling) == []
 
 
+def test_prompts_that_were_scored_are_not_read_again_for_sampling(
+    base: BaseModel, vectors: SteeringVectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are those of an engine that read the prompts for them, whatever was scored before."""
+    from edge_align.runtime.llama_native import NativeContext
+
+    read, decode_span = [], NativeContext.decode_span
+
+    def counted(self: NativeContext, tokens: np.ndarray, *args: int, outputs: bool = False, **more: int) -> None:
+        if not outputs:
+            read.append(len(tokens))
+        decode_span(self, tokens, *args, outputs=outputs, **more)
+
+    monkeypatch.setattr(NativeContext, "decode_span", counted)
+    sampling, found = SamplingConfig(max_tokens=12, seed=5), []
+    for scored_before in ([], [0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2], [0, 1, 2, 3]):
+        with LlamaCppBackend.open(base.path, config=RuntimeConfig(n_threads=2, n_ctx=256)) as backend:
+            prompts = [backend.render(user_prompt(q)) for q in ("Name a fruit.", "Say hi.", "Who are you?", "Why?")]
+            list(
+                backend.score_many([prompts[i] for i in scored_before], [[5, 6, 7]] * len(scored_before), vectors=None)
+            )
+            read.clear()
+            answers = backend.generate_batch(prompts, vectors=vectors, sampling=sampling)
+            found.append((answers, sum(read)))
+    fresh = found[0]
+    assert fresh[1] > 0 and [answers for answers, _ in found] == [fresh[0]] * 5
+    assert [n for _, n in found] == [fresh[1], 0, fresh[1], fresh[1], 0]
+
+
 def test_rows_are_refilled_as_they_end(
     base: BaseModel, vectors: SteeringVectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
