@@ -138,7 +138,7 @@ def _prefix(found: Result) -> list[list[str]]:
 def _person(found: Result) -> list[list[str]]:
     rows = [
         [
-            f"win rate after {row['verdicts']} thumbs over HTTP, {row['wrong']} wrong: {row['user']}",
+            f"win rate after {row['verdicts']} thumbs over HTTP, {row['wrong']} wrong: {row['user'].replace('_', ' ')}",
             percent(row["win_rate"]),
         ]
         for row in found["people"]

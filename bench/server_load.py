@@ -240,6 +240,7 @@ if __name__ == "__main__":
     p.add_argument("--users", metavar="A,B", default="positive,simple_words,addresses_reader", help="of person")
     p.add_argument("--verdicts", type=int, default=60, help="thumbs of a person")
     p.add_argument("--wrong", type=float, default=0.1, help="share of thumbs given the wrong way round")
+    p.add_argument("--clear", type=float, default=0.7, help="of person: rates what differs more than this share does")
     p.add_argument("--prompts", type=int, default=40, help="unseen, on which a person's versions are judged")
     p.add_argument("--max-tokens", type=int, default=96, help="decoded per answer in person")
     main(run, p.parse_args(), __file__)

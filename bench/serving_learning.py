@@ -145,6 +145,7 @@ def person(bench: Bench) -> dict[str, Any]:
     return {
         "prompts": bench.args.prompts,
         "wrong_share": bench.args.wrong,
+        "clear": bench.args.clear,
         "people": rows,
         "win_rate_min": min(row["win_rate"] for row in rows),
         "lowest_of_any_version": min(row["lowest"] for row in rows),
@@ -154,7 +155,8 @@ def person(bench: Bench) -> dict[str, Any]:
 def one_person(bench: Bench, who: User) -> dict[str, Any]:
     """Two answers to a question: a thumb up for the better one, down for the other, some of them the wrong way round.
 
-    Who sees no difference gives no thumb. The server refits as it does by itself.
+    Who sees no difference gives no thumb, and who is asked to rate what is clear (--clear) passes over the answers that
+    differ less than that share of those seen so far. The server refits as it does by itself.
     """
     args, rng = bench.args, random.Random(f"{bench.args.seed} {who.name}")
     cap = args.max_tokens if args.quick else max(args.max_tokens, who.max_tokens or 0)
@@ -162,6 +164,7 @@ def one_person(bench: Bench, who: User) -> dict[str, Any]:
     tests = [chat(question, tokens=cap, temperature=1.0, seed=i) for i, question in enumerate(unseen)]
     training = rng.sample(prompts("train"), len(prompts("train")))
     given, wrong, versions = 0, 0, []
+    margins: list[float] = []
     with fresh_home(bench) as home, edge_align(bench, home, "--profile", NAME) as server:
         server.ready()
 
@@ -181,6 +184,9 @@ def one_person(bench: Bench, who: User) -> dict[str, Any]:
                 texts = [choice["message"]["content"] for choice in told["choices"]]
                 scores = [who.judge(text) if text.strip() else None for text in texts]
                 if None in scores or scores[0] == scores[1]:
+                    continue
+                margins.append(abs(scores[0] - scores[1]))
+                if margins[-1] < np.quantile(margins, args.clear):
                     continue
                 for index in (0, 1):
                     up, slip = scores[index] == max(scores), rng.random() < args.wrong
@@ -206,6 +212,7 @@ def one_person(bench: Bench, who: User) -> dict[str, Any]:
         "max_tokens": cap,
         "verdicts": given,
         "wrong": wrong,
+        "asked": len(margins),
         "learnt": len(shown["history"]),
         "versions": versions,
         "win_rate": rates[-1],
