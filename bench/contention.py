@@ -20,10 +20,10 @@ from typing import Any
 from common import Bench, console, main, parser, progress
 from rich.table import Table
 
+from edge_align import SPINS
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.records import user_prompt
 from edge_align.runtime.llamacpp import LlamaCppBackend
-from edge_align.runtime.openmp import SPINS
 
 LIBGOMP = 300_000
 BESIDE = ("nothing", "another engine", "a counting process")

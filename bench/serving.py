@@ -26,6 +26,7 @@ from typing import Any, IO
 import psutil
 from common import Bench, ROOT
 
+from edge_align import SPINS
 from edge_align.errors import BackendError
 from edge_align.home import Home
 from edge_align.runtime.llama_native import n_cores
@@ -246,7 +247,10 @@ def llama_cpp_server(bench: Bench) -> Iterator[Server]:
         "verbose": "false",
     }
     command = [sys.executable, "-c", THEIRS, *(part for k, v in options.items() for part in (f"--{k}", v))]
-    with _running(command, os.environ | {"PYTHONPATH": str(ROOT)}) as (process, log):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    if env.get("GOMP_SPINCOUNT") == str(SPINS):
+        del env["GOMP_SPINCOUNT"]  # edge-align's, which it would not have by itself
+    with _running(command, env) as (process, log):
         yield Server(port, process, log)
 
 

@@ -72,7 +72,6 @@ edge_align.runtime.template
 edge_align.runtime.sampling
 edge_align.runtime.fake
 edge_align.runtime.tokens
-edge_align.runtime.openmp
 edge_align.runtime.llama_native
 edge_align.runtime.llama_checks
 edge_align.runtime.llama_devices

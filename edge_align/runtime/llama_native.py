@@ -19,7 +19,6 @@ from edge_align.config import SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, InputError, ModelLoadError
 from edge_align.gguf_header import read_header
 from edge_align.records import SteeringVectors, TokenLogprob
-from edge_align.runtime.openmp import short_waits
 
 TEXT_LIMIT = 16 * 2**20  # bytes of one text to tokenise
 PENALTY_TOKENS = 1024  # newest tokens of an answer that presence and frequency penalties look at
@@ -34,8 +33,7 @@ _keep: list[Any] = []  # callbacks that C holds for the life of the process
 def api() -> Any:
     """The bindings, ready for use, their log silenced. Raises BackendUnavailable when they do not load."""
     try:
-        with short_waits():
-            from llama_cpp import llama_cpp as C
+        from llama_cpp import llama_cpp as C
     except (ImportError, OSError, RuntimeError) as error:
         raise BackendUnavailable(
             f"llama-cpp-python does not load ({' '.join(str(error).split())[:160]}); "

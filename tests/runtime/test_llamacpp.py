@@ -1,6 +1,5 @@
 """The llama.cpp engine on the default base. The naive loop below is the independent reference."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow,
 from edge_align.records import Completion, join_chunks, Message, SteeringVectors, user_prompt
 from edge_align.runtime.llama_native import api, model_params
 from edge_align.runtime.llamacpp import LlamaCppBackend, PREFILL_CHUNK, probe_steering
-from edge_align.runtime.openmp import SPINS
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=16)
 SEEDED = SamplingConfig(max_tokens=16, seed=7)
@@ -420,25 +418,6 @@ def test_a_gpu_request_on_a_cpu_build_names_the_remedy(base: BaseModel) -> None:
 def test_weights_are_not_laid_out_for_amx(monkeypatch: pytest.MonkeyPatch, said: bytes, kept: bool) -> None:
     monkeypatch.setattr(api(), "llama_print_system_info", lambda: said)
     assert model_params().use_extra_bufts is kept
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="GCC's OpenMP is what Linux has")
-@pytest.mark.parametrize(("own", "spins"), [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "77"}, "77")])
-def test_threads_that_wait_soon_sleep_and_a_users_setting_stands(own: dict[str, str], spins: str) -> None:
-    # libgomp itself says, when it is loaded, what it was told
-    script = (
-        "import os; from edge_align.runtime.llama_native import api; api(); print(os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    told = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=told | own | {"OMP_DISPLAY_ENV": "verbose"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
-    assert done.stdout.split() == [own.get("GOMP_SPINCOUNT", "None")]  # who else is loaded is told nothing
 
 
 def test_generating_needs_at_most_260_mb_and_no_torch(base: BaseModel) -> None:
