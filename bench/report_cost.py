@@ -149,7 +149,10 @@ def _person(found: Result) -> list[list[str]]:
 def _soak(found: Result) -> list[list[str]]:
     verdicts, unwanted = found["verdicts"], sum(found["unwanted"].values())
     return [
-        ["requests, some of which hang up or are wrong; refits beside", f"{found['requests']:,}; {found['refits']:.0f}"],
+        [
+            "requests, some of which hang up or are wrong; refits beside",
+            f"{found['requests']:,}; {found['refits']:.0f}",
+        ],
         [
             "statuses nobody wanted; unfinished at the end",
             f"{unwanted}; {found['unfinished_at_the_end']}",

@@ -400,7 +400,7 @@ def test_random_bases_and_made_up_people_are_timed_at_every_size(tiny_workplace:
 
 def test_an_engine_is_timed_beside_others_and_alone(tiny_workplace: tuple[str, ...]) -> None:
     rows = run("contention.py", *tiny_workplace)["rows"]
-    assert len(rows) == 9 and len({(row["beside"], row["spins"]) for row in rows}) == 9
+    assert len({row["beside"] for row in rows}) == len(rows) == 3
     assert all(row["tokens_per_sec"] > 0 for row in rows)
 
 

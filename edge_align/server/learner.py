@@ -17,7 +17,7 @@ from edge_align.home import Home
 from edge_align.profiles import ProfileStore
 from edge_align.server.refusal import log
 
-NICE = 19
+NICE = 10  # with 19 it stood still on a machine that is busy with other things as well
 REFIT_SEC = 900.0  # a refit that takes longer is ended
 
 

@@ -19,6 +19,12 @@ from edge_align.store import FeedbackLog
 ONE = RuntimeConfig(n_threads=1, n_ctx=512)
 
 
+@pytest.fixture(autouse=True)
+def not_niced(monkeypatch):
+    """Other tests may keep every core busy, and a refit that gives way to them is never done."""
+    monkeypatch.setattr("edge_align.server.learner.NICE", 0)
+
+
 def test_thumbs_over_http_become_a_profile_that_answers_and_can_be_undone(toy_home):
     config = ServerConfig(profile="ann", learn_every=12)
     with serving(toy_home, config=config, runtime=ONE) as live:
