@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import progress
-from lora_dpo import Rows
+from lora_dpo import Rows, shuffled
 
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap_loss import FrozenDecoder, make_batch
@@ -36,8 +36,7 @@ def train(model: LlamaReference, pairs: Sequence[Rows], layers: range, settings:
     rng = np.random.default_rng(seed)
     vectors = torch.zeros(len(layers), model.shape.d_model, device=model.device, requires_grad=True)
     optimiser = torch.optim.AdamW([vectors], lr=settings.learning_rate, weight_decay=0.0)
-    orders = [rng.permutation(len(pairs)) for _ in range(settings.epochs)]
-    plan = [order[i : i + settings.batch] for order in orders for i in range(0, len(pairs), settings.batch)]
+    plan = shuffled(len(pairs), epochs=settings.epochs, batch=settings.batch, rng=rng)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(plan))
     untouched = torch.full((len(pairs), 2), torch.nan, device=model.device)  # NLL under the base
     with progress("BiPO", len(plan)) as tell:

@@ -143,9 +143,7 @@ def train(
     inner = model.get_base_model()
     device = next(model.parameters()).device
 
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(rows)) for _ in range(settings.epochs)]
-    plan = [order[i : i + settings.batch] for order in orders for i in range(0, len(rows), settings.batch)]
+    plan = shuffled(len(rows), epochs=settings.epochs, batch=settings.batch, rng=np.random.default_rng(seed))
     total, plan = len(plan), plan[: steps or None]
     used = sorted({int(i) for part in plan for i in part})
 
@@ -184,6 +182,12 @@ def train(
         "last_loss": float(np.mean(losses[-5:])),
         "stored_bytes": sum(p.numel() * 2 for p in model.parameters() if p.requires_grad),  # in 16 bits
     }, deltas
+
+
+def shuffled(n: int, *, epochs: int, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Indices of every step's batch: all n in a new order each epoch."""
+    orders = [rng.permutation(n) for _ in range(epochs)]
+    return [order[i : i + batch] for order in orders for i in range(0, n, batch)]
 
 
 def waited(device: torch.device) -> float:

@@ -47,7 +47,7 @@ class Rows:
         self._model, self._n_ctx, self._n_threads = model, n_ctx, n_threads
         self._open: NativeContext | None = None
         self._held: list[np.ndarray] = []  # per stream: the unsteered prompt tokens it holds
-        self._read: list[bytes] = []  # prompts read since the cache was empty, in that order
+        self._read: list[bytes] = []  # prompts read since the cache was empty, in that order, up to one too many
         self._turn = 0
         self._closed = False
 
@@ -99,7 +99,8 @@ class Rows:
         for start in range(keep, len(prompt), N_BATCH):
             context.decode_span(prompt[start : start + N_BATCH], start, seq=stream)
         self._held[stream] = prompt
-        self._read.append(prompt.tobytes())
+        if len(self._read) <= context.n_seq:
+            self._read.append(prompt.tobytes())
 
     def _unsteer(self, context: NativeContext, stream: int) -> None:
         """Drop everything after the prompt."""
