@@ -362,9 +362,13 @@ def sample_rows(
     seed: int,
     kept: Kept,
     batch: int = 96,
+    before: Sequence[int] = (),
     label: str = "sampling",
 ) -> list[Answer]:
-    """As `sample`, from the PyTorch reference, whose rows may be steered differently: vectors (n, n_layer, d_model)."""
+    """As `sample`, from the PyTorch reference, whose rows may be steered differently: vectors (n, n_layer, d_model).
+
+    before: tokens ahead of every prompt.
+    """
     from edge_align.runtime import torch_sample
 
     rendered = {question: bench.backend.render(user_prompt(question)) for question in set(questions)}
@@ -374,7 +378,7 @@ def sample_rows(
             part = slice(start, start + batch)
             made = torch_sample.sample(
                 model,
-                [rendered[question] for question in questions[part]],
+                [[*before, *rendered[question]] for question in questions[part]],
                 sampling=SamplingConfig(max_tokens=max_tokens, seed=seed + start),
                 eos=[bench.eos],
                 vectors=None if vectors is None else vectors[part],

@@ -1,18 +1,21 @@
-"""LoRA-DPO with a tuned learning rate against edge-align, on the same pairs of the same people.
+"""LoRA-DPO, or P-tuning-DPO, with a tuned learning rate against edge-align, on the same pairs of the same people.
 
     python bench/answers.py --set train && python bench/lora.py --save
+    python bench/lora.py --method ptuning --rates 1e-3,3e-3,1e-2 --save
 
 The learning rate is the one with the highest mean win rate on validation people and validation prompts among those
-whose answers stay within NLL_LIMIT times the base's NLL. Every arm answers the same unseen prompts in one PyTorch
-engine; the LoRA is merged into the weights. Made for a GPU; on two cores a training takes minutes. What is done is
-kept, so a stopped run goes on.
+whose answers stay within NLL_LIMIT times the base's NLL; a single one is taken as it is. Every arm answers the same
+unseen prompts in one PyTorch engine; the LoRA is merged into the weights, as it was trained and, in an arm of its own,
+scaled to the KL from the base that ours measures. On two cores a training takes minutes. What is done is kept, so a
+stopped run goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,14 +36,19 @@ from common import (
     train_answers,
     users_pairs,
 )
-from lora_dpo import build_hf, LoRA, merged, tokenized, train
+from lora_dpo import build_hf, LoRA, merged, preceded, PTuning, tokenized, train
 from quality import answer_cap, judged, other_judges
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
-from edge_align.records import PreferencePair
+from edge_align.kl import measured_kl, open_probe, Probe, sampled_probe, search_factor
+from edge_align.records import PreferencePair, SteeringVectors
+from edge_align.runtime.torch_ref import LlamaReference
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import bootstrap_interval, User, user, wins
 
+METHODS = {"lora": "LoRA-DPO", "ptuning": "P-tuning-DPO"}
+AT_KL, OURS = "LoRA-DPO at our KL", "edge-align"
 TUNERS = "casual,formal,hedged,assertive"  # validation people whose answers need no cap of their own
 TUNING_PAIRS = 100
 NLL_LIMIT = 1.25
@@ -53,10 +61,10 @@ def run(bench: Bench) -> dict[str, Any]:
         args.users, args.epochs = "positive", 1
     trainer = Trainer(bench)
     rates = [float(rate) for rate in args.rates.split(",")]
-    tuned = [tune(trainer, rate) for rate in rates]
+    tuned = [tune(trainer, rate) for rate in rates] if len(rates) > 1 else []
     fluent = [row for row in tuned if row["nll_ratio"] <= NLL_LIMIT] or tuned
-    best = max(fluent, key=lambda row: row["win_rate"])
-    settings = replace(trainer.settings, learning_rate=best["learning_rate"])
+    best = max(fluent, key=lambda row: row["win_rate"])["learning_rate"] if tuned else rates[0]
+    settings = replace(trainer.settings, learning_rate=best)
     console.print(f"learning rate {settings.learning_rate:g}")
     unseen = list(prompts("test")[: args.prompts])
     rows = []
@@ -65,12 +73,13 @@ def run(bench: Bench) -> dict[str, Any]:
             rows += compare(trainer, who, settings, unseen, size=size)
     show(rows)
     return {
+        "method": trainer.name,
         "tuning": tuned,
         "tuning_sec": sum(row["seconds"] for row in tuned),
-        "lora": asdict(settings),
+        "settings": asdict(settings),
         "prompts": len(unseen),
         "rows": rows,
-        "summary": summary(rows),
+        "summary": summary(rows, trainer.name),
     }
 
 
@@ -79,7 +88,10 @@ class Trainer:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.settings = LoRA(rank=bench.args.rank, alpha=2 * bench.args.rank, epochs=bench.args.epochs)
+        args = bench.args
+        lora = LoRA(rank=args.rank, alpha=2 * args.rank, epochs=args.epochs)
+        self.settings = lora if args.method == "lora" else PTuning(epochs=args.epochs)
+        self.name = METHODS[args.method]
         self.questions, self.answers = train_answers(bench)
         self.second = other_judges()
 
@@ -108,26 +120,72 @@ class Trainer:
             bench, bench.reference, list(unseen), vectors, max_tokens=cap, seed=seed, kept=kept, label=label
         )
 
-    def lora(
-        self, who: User, settings: LoRA, unseen: Sequence[str], cap: int, size: int
-    ) -> tuple[dict[str, Any], list[Answer]]:
-        """What training took, and the answers after it."""
+    def adapter(self, who: User, settings: LoRA | PTuning, size: int) -> Adapter:
+        """Train once; kept."""
         bench, pairs = self.bench, self.pairs(who, size)
         texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
-        named = digest(list(asdict(settings).values()), texts)
-        row, answers = bench.keep("lora-training", named), bench.keep("lora-answers", named, list(unseen), cap)
-        if not row.rows or len(answers.rows) < len(unseen):
-            found, deltas = train(
-                self.base, tokenized(bench, pairs), settings, dtype=bench.args.dtype, seed=bench.args.seed
-            )
-            if not row.rows:
-                row.add(found)
-            with merged(bench.reference, deltas) as model:
-                seed = bench.args.seed + SEED
-                sample_rows(
-                    bench, model, list(unseen), None, max_tokens=cap, seed=seed, kept=answers, label=f"{who.name}: LoRA"
-                )
-        return row.rows[0], [Answer(kept["text"], kept["tokens"]) for kept in answers.rows]
+        kept = bench.keep("trained", type(settings).__name__, list(asdict(settings).values()), bench.args.dtype, bench.args.seed, texts)
+        path = kept.path.with_suffix(".safetensors")
+        if not (kept.rows and path.is_file()):
+            rows = tokenized(bench, pairs)
+            cost, parts = train(self.base, rows, settings, dtype=bench.args.dtype, seed=bench.args.seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: part.contiguous() for name, part in parts.items()}, path)
+            kept.add(cost)
+        return Adapter(kept.rows[-1], path)
+
+    def adapted(self, who: User, adapter: Adapter, unseen: Sequence[str], cap: int, strength: float) -> list[Answer]:
+        """Answers with `strength` times the adapter merged in."""
+        bench, questions, seed = self.bench, list(unseen), self.bench.args.seed + SEED
+        kept = bench.keep("adapted", adapter.path.name, questions, cap, seed, strength)
+        named = {"max_tokens": cap, "seed": seed, "kept": kept, "label": f"{who.name}: {self.name} x {strength:.2f}"}
+        parts = load_file(adapter.path)
+        if "before" in parts:
+            with preceded(bench.reference, parts["before"]) as ids:
+                return sample_rows(bench, bench.reference, questions, None, before=ids, **named)
+        with merged(bench.reference, parts, strength=strength) as model:
+            return sample_rows(bench, model, questions, None, **named)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Base answers to prompts of the pack, scored in PyTorch."""
+        found = sampled_probe(self.bench.backend, seed=SEED)
+        return open_probe(Scorer(self.bench.reference), found.prompts, found.completions)
+
+    def strength_at(self, adapter: Adapter, kl: float) -> tuple[float, float]:
+        """What the adapter is to be multiplied by for this KL, and the KL there, measured in PyTorch."""
+        parts = load_file(adapter.path)
+
+        def kl_at(strength: float) -> float:
+            with merged(self.bench.reference, parts, strength=strength) as model:
+                return measured_kl(Scorer(model), self.probe, None)
+
+        return search_factor(kl_at, kl)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """cost: what training took. path: the file of its weights."""
+
+    cost: dict[str, Any]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The PyTorch reference as what `edge_align.kl` measures."""
+
+    model: LlamaReference
+
+    def score_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        vectors: SteeringVectors | None = None,
+    ) -> list[np.ndarray]:
+        array = None if vectors is None else vectors.array
+        return [self.model.score(p, c, array) for p, c in zip(prompts, completions, strict=True)]
 
 
 def tune(trainer: Trainer, rate: float) -> dict[str, Any]:
@@ -138,37 +196,47 @@ def tune(trainer: Trainer, rate: float) -> dict[str, Any]:
     rows = []
     for who in [user(name) for name in TUNERS.split(",")[: 1 if args.quick else None]]:
         cap = answer_cap(trainer.bench, who)
-        cost, made = trainer.lora(who, settings, unseen, cap, TUNING_PAIRS)
-        rows.append(judged(trainer.bench, who, unseen, made, trainer.unsteered(unseen, cap), None) | cost)
+        adapter = trainer.adapter(who, settings, TUNING_PAIRS)
+        made = trainer.adapted(who, adapter, unseen, cap, 1.0)
+        rows.append(judged(trainer.bench, who, unseen, made, trainer.unsteered(unseen, cap), None) | adapter.cost)
     found = {name: float(np.mean([row[name] for row in rows])) for name in ("win_rate", "nll_ratio", "distinct2_ratio")}
     console.print(f"learning rate {rate:g}: win {found['win_rate']:.3f}, nll x {found['nll_ratio']:.2f}")
     return {"learning_rate": rate, **found, "seconds": sum(row["seconds"] for row in rows)}
 
 
-def compare(trainer: Trainer, who: User, settings: LoRA, unseen: Sequence[str], *, size: int) -> list[dict[str, Any]]:
-    """A row for the LoRA and, unless it was not asked for, one for ours."""
+def compare(
+    trainer: Trainer, who: User, settings: LoRA | PTuning, unseen: Sequence[str], *, size: int
+) -> list[dict[str, Any]]:
+    """A row for theirs and, unless it was not asked for, one for ours and one for a LoRA at the KL of ours."""
     bench, cap = trainer.bench, answer_cap(trainer.bench, who)
     base, second = trainer.unsteered(unseen, cap), trainer.second.get(who.name)
-    cost, theirs = trainer.lora(who, settings, unseen, cap, size)
-    arms = [("LoRA-DPO", theirs, cost["seconds"], cost["stored_bytes"], cost["device"])]
+    adapter = trainer.adapter(who, settings, size)
+    trained = {"trained_on": adapter.cost["device"]}
+    trained |= {name: adapter.cost[name] for name in ("seconds", "stored_bytes")}
+    arms = [(trainer.name, trainer.adapted(who, adapter, unseen, cap, 1.0), trained | {"strength": 1.0})]
     if not bench.args.lora_only:
         seconds, profile = timed(lambda: learn_profile(bench, trainer.pairs(who, size)))
         vectors = steering_rows(bench, profile.encoder, unseen)
+        kl = measured_kl(Scorer(bench.reference), trainer.probe, SteeringVectors(vectors.mean(0)))
         stored = sum(array.nbytes for array in profile.encoder.to_tensors().values())
-        arms.append(("edge-align", trainer.personal(unseen, cap, vectors), seconds, stored, "cpu"))
+        cost = {"seconds": seconds, "stored_bytes": stored, "trained_on": "cpu", "kl": kl}
+        arms.append((OURS, trainer.personal(unseen, cap, vectors), cost))
+        if kl > 0.0 and isinstance(settings, LoRA):
+            strength, found = trainer.strength_at(adapter, kl)
+            made = trainer.adapted(who, adapter, unseen, cap, strength)
+            arms.append((AT_KL, made, trained | {"strength": strength, "kl": found}))
     rows = []
-    for name, made, seconds, stored, device in arms:
+    for name, made, more in arms:
         row = judged(bench, who, list(unseen), made, base, second)
-        row |= {"user": who.name, "pairs": size, "arm": name, "seconds": seconds, "stored_bytes": stored}
-        row["trained_on"] = device
+        row |= {"user": who.name, "pairs": size, "arm": name, **more}
         won = wins(who.judge, [answer.text for answer in made], [answer.text for answer in base])
         rows.append(row | {"won": won.tolist()})
         console.print(f"{who.name} {size}, {name}: win {row['win_rate']:.2f}, nll x {row['nll_ratio']:.2f}")
     return rows
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Per number of pairs: means of both arms, and ours less theirs by prompt, with its bootstrap interval."""
+def summary(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
+    """Per number of pairs: means of the arms, and ours less theirs by prompt, with its bootstrap interval."""
     found: dict[str, Any] = {}
     sizes = sorted({row["pairs"] for row in rows})
     won = {(row["arm"], row["pairs"], row["user"]): np.array(row["won"]) for row in rows}
@@ -183,11 +251,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for arm in sorted(arms)
         }
     names = sorted({row["user"] for row in rows})
-    for ours, theirs in [(size, size) for size in sizes] + [(min(sizes), 100)] * (min(sizes) < 100 and 100 in sizes):
-        if all(("edge-align", ours, name) in won and ("LoRA-DPO", theirs, name) in won for name in names):
-            gain = np.mean([won["edge-align", ours, name] - won["LoRA-DPO", theirs, name] for name in names], axis=0)
+    against = [(size, arm, size) for size in sizes for arm in (method, AT_KL)]
+    against += [(min(sizes), arm, 100) for arm in (method, AT_KL) if min(sizes) < 100]
+    for ours, arm, theirs in against:
+        both = [((OURS, ours, name), (arm, theirs, name)) for name in names]
+        both = [(a, b) for a, b in both if a in won and b in won]
+        if len(both) == len(names) or (arm == AT_KL and both):  # no KL, where ours does not steer
+            gain = np.mean([won[a] - won[b] for a, b in both], axis=0)
             low, high = bootstrap_interval(gain, rng=np.random.default_rng(0))
-            found[f"edge-align {ours} less LoRA-DPO {theirs}"] = {"mean": float(gain.mean()), "ci": [low, high]}
+            found[f"{OURS} {ours} less {arm} {theirs}"] = {"mean": float(gain.mean()), "ci": [low, high]}
     return found
 
 
@@ -211,6 +283,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     p = parser("LoRA-DPO, tuned on validation people, against edge-align on the same pairs.")
+    p.add_argument("--method", choices=tuple(METHODS), default="lora")
     p.add_argument("--users", metavar="A,B", help="default: all eight")
     p.add_argument("--sizes", default="20,100,200", help="pairs learnt from")
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")

@@ -1,7 +1,7 @@
-"""LoRA-DPO on the base, with transformers and peft: the model, its training on pairs, merging what it learnt.
+"""LoRA-DPO and P-tuning-DPO on the base, with transformers and peft: the model, training on pairs, using what it learnt.
 
-It is given every advantage that costs no quality: the faster of bfloat16 and float32, reference log-probabilities
-computed once, and logits for answer tokens only. Adapters are float32 whatever the base is, as peft makes them.
+They are given every advantage that costs no quality: the faster of bfloat16 and float32, reference log-probabilities
+computed once, and logits for answer tokens only. What is trained is float32 whatever the base is, as peft makes it.
 """
 
 from __future__ import annotations
@@ -32,39 +32,69 @@ Rows = list[tuple[list[int], list[int]]]  # (prompt, answer) token ids
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """Settings of a training; rank r on every linear map of the blocks."""
+class Training:
+    """Settings that both have. batch: pairs."""
 
-    rank: int = 16
-    alpha: int = 32
-    learning_rate: float = 3e-4
+    learning_rate: float
     beta: float = 0.1
     epochs: int = 2
-    batch: int = 4  # pairs
+    batch: int = 4
+
+
+@dataclass(frozen=True)
+class LoRA(Training):
+    """Rank r on every linear map of the blocks."""
+
+    learning_rate: float = 3e-4
+    rank: int = 16
+    alpha: int = 32
+
+
+@dataclass(frozen=True)
+class PTuning(Training):
+    """Embeddings of virtual tokens before the prompt, trained as the outputs of a small network (arXiv 2103.10385)."""
+
+    learning_rate: float = 1e-3
+    tokens: int = 20
 
 
 @contextmanager
-def merged(model: LlamaReference, deltas: dict[str, torch.Tensor]) -> Iterator[LlamaReference]:
-    """The reference with the LoRA's weight changes, which are in transformers' layout, added to its stacked weights."""
-    untouched = [copy.copy(block) for block in model.blocks]
-    merge(model, deltas)
+def merged(
+    model: LlamaReference, adapter: dict[str, torch.Tensor], *, strength: float = 1.0
+) -> Iterator[LlamaReference]:
+    """The reference with `strength` times the adapter, which is in transformers' layout, added to its stacked weights.
+
+    The reference's projections hold the weight of the norm before them.
+    """
+    untouched = model.blocks
+    model.blocks = [copy.copy(block) for block in untouched]
+    s = model.shape
+    for il, block in enumerate(model.blocks):
+        parts = [(adapter[f"{il}.{name}.B"], adapter[f"{il}.{name}.A"]) for name in NAMES]
+        q, k, v, out, gate, up, down = (strength * (b.to(model.device) @ a.to(model.device)) for b, a in parts)
+        norms = [torch.from_numpy(model.tensors.read(f"blk.{il}.{n}_norm.weight")).to(model.device) for n in ("attn", "ffn")]
+        change = torch.cat([interleave(q, s.n_head), interleave(k, s.n_head_kv), v])
+        block.qkv = (block.qkv.float() + change * norms[0]).to(model.dtype)
+        block.out = (block.out.float() + out).to(model.dtype)
+        block.gate_up = (block.gate_up.float() + torch.cat([gate, up]) * norms[1]).to(model.dtype)
+        block.down = (block.down.float() + down).to(model.dtype)
     try:
         yield model
     finally:
         model.blocks = untouched
 
 
-def merge(model: LlamaReference, deltas: dict[str, torch.Tensor]) -> None:
-    """Add the changes for good."""
-    s = model.shape
-    for il, block in enumerate(model.blocks):
-        d = {name: deltas[f"{il}.{name}"].to(model.device) for name in NAMES}
-        q, k, v, out, gate, up, down = (d[name] for name in NAMES)
-        change = torch.cat([interleave(q, s.n_head), interleave(k, s.n_head_kv), v])
-        block.qkv = (block.qkv.float() + change).to(model.dtype)
-        block.out = (block.out.float() + out).to(model.dtype)
-        block.gate_up = (block.gate_up.float() + torch.cat([gate, up])).to(model.dtype)
-        block.down = (block.down.float() + down).to(model.dtype)
+@contextmanager
+def preceded(model: LlamaReference, before: torch.Tensor) -> Iterator[list[int]]:
+    """Embeddings (n, d_model) as tokens of the reference that its vocabulary does not have; their ids."""
+    first, width = model.shape.n_vocab, model.shape.d_model
+    model.head(torch.zeros(1, width, dtype=model.dtype, device=model.device))  # loads the table of embeddings
+    untouched = model._embedding
+    model._embedding = torch.cat([untouched, before.to(untouched)])
+    try:
+        yield list(range(first, first + len(before)))
+    finally:
+        model._embedding = untouched
 
 
 def interleave(w: torch.Tensor, heads: int) -> torch.Tensor:
@@ -132,16 +162,18 @@ def tokenized(bench: Bench, pairs: Sequence[PreferencePair]) -> list[Rows]:
 
 
 def train(
-    base: Any, rows: Sequence[Rows], settings: LoRA, *, dtype: str, seed: int, steps: int = 0
+    base: Any, rows: Sequence[Rows], settings: LoRA | PTuning, *, dtype: str, seed: int, steps: int = 0
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(seconds and losses, weight changes by "layer.module") on the device `base` is on; `base` is left as it is.
+    """(seconds and losses, the adapter) on the device `base` is on; `base` is left as it is.
 
-    steps: stop after so many, and extrapolate the seconds.
+    The adapter of a LoRA: "layer.module.A" (rank, inputs) and ".B" (outputs, rank) float32, whose product B A is added
+    to the weight; of P-tuning: "before" (tokens, d_model) float32. steps: stop after so many, and extrapolate the
+    seconds.
     """
     torch.manual_seed(seed)
-    model = with_lora(copy.deepcopy(base).to(DTYPES[dtype]), settings)
-    inner = model.get_base_model()
-    device = next(model.parameters()).device
+    student = student_of(copy.deepcopy(base).to(DTYPES[dtype]), settings)
+    device = next(student.model.parameters()).device
+    trained = [p for p in student.model.parameters() if p.requires_grad]
 
     plan = shuffled(len(rows), epochs=settings.epochs, batch=settings.batch, rng=np.random.default_rng(seed))
     total, plan = len(plan), plan[: steps or None]
@@ -149,27 +181,23 @@ def train(
 
     start = time.perf_counter()
     reference = torch.zeros(len(rows), 2, device=device)
-    with torch.no_grad(), model.disable_adapter():
+    with torch.no_grad(), student.model.disable_adapter():
         for i in range(0, len(used), settings.batch):
             part = used[i : i + settings.batch]
-            reference[part] = log_probs(inner, [rows[j] for j in part])
+            reference[part] = log_probs(student.inner, [rows[j] for j in part])
     reference_sec = waited(device) - start
 
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
+    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate)
     start, losses = time.perf_counter(), []
-    with progress("LoRA-DPO", len(plan)) as tell:
+    with progress(f"{type(settings).__name__}-DPO", len(plan)) as tell:
         for step, part in enumerate(plan):
-            losses.append(dpo_step(inner, [rows[j] for j in part], reference[part], beta=settings.beta))
+            losses.append(dpo_step(student, [rows[j] for j in part], reference[part], beta=settings.beta))
             optimiser.step()
             optimiser.zero_grad()
             tell(step + 1)
     steps_sec = waited(device) - start
 
-    deltas = {
-        f"{il}.{name}": layer.get_submodule(name).get_delta_weight("default").detach().float().cpu()
-        for il, layer in enumerate(inner.model.layers)
-        for name in NAMES
-    }
+    adapter = student.adapter()
     return {
         "seconds": reference_sec * len(rows) / len(used) + steps_sec * total / len(plan),
         "extrapolated": len(plan) < total,
@@ -180,8 +208,60 @@ def train(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "first_loss": losses[0],
         "last_loss": float(np.mean(losses[-5:])),
-        "stored_bytes": sum(p.numel() * 2 for p in model.parameters() if p.requires_grad),  # in 16 bits
-    }, deltas
+        "stored_bytes": sum(part.numel() * 2 for part in adapter.values()),  # in 16 bits
+    }, adapter
+
+
+def student_of(base: Any, settings: LoRA | PTuning) -> _LoRAStudent | _PTuningStudent:
+    """What is trained, on a base that is its own."""
+    return _LoRAStudent(base, settings) if isinstance(settings, LoRA) else _PTuningStudent(base, settings)
+
+
+class _LoRAStudent:
+    """The base with a LoRA on every linear map of the blocks."""
+
+    def __init__(self, base: Any, settings: LoRA) -> None:
+        from peft import get_peft_model, LoraConfig
+
+        targets = [name.split(".")[1] for name in NAMES]
+        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=targets)
+        self.model = get_peft_model(base, config)
+        self.inner = self.model.get_base_model()
+
+    def log_probs(self, rows: list[Rows]) -> torch.Tensor:
+        return log_probs(self.inner, rows)
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for il, layer in enumerate(self.inner.model.layers):
+            for name in NAMES:
+                module = layer.get_submodule(name)
+                b = module.lora_B["default"].weight * module.scaling["default"]
+                found[f"{il}.{name}.A"] = module.lora_A["default"].weight.detach().float().cpu()
+                found[f"{il}.{name}.B"] = b.detach().float().cpu()
+        return found
+
+
+class _PTuningStudent:
+    """The base with virtual tokens before the prompt."""
+
+    def __init__(self, base: Any, settings: PTuning) -> None:
+        from peft import get_peft_model, PromptEncoderConfig
+
+        config = PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=settings.tokens, encoder_hidden_size=base.config.hidden_size
+        )
+        self.model = get_peft_model(base, config)
+        self.inner = self.model.get_base_model()
+
+    def _before(self) -> torch.Tensor:
+        return torch.as_tensor(self.model.get_prompt(1)[0])
+
+    def log_probs(self, rows: list[Rows]) -> torch.Tensor:
+        return log_probs(self.inner, rows, self._before())
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return {"before": self._before().detach().float().cpu()}
 
 
 def shuffled(n: int, *, epochs: int, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -197,42 +277,34 @@ def waited(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def with_lora(base: Any, settings: LoRA) -> Any:
-    """A LoRA on every linear map of the blocks."""
-    from peft import get_peft_model, LoraConfig
-
-    targets = [name.split(".")[1] for name in NAMES]
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=targets)
-    return get_peft_model(base, config)
-
-
 def fastest_dtype(
-    base: Any, rows: Sequence[Rows], settings: LoRA, allowed: str = "auto"
+    base: Any, rows: Sequence[Rows], settings: LoRA | PTuning, allowed: str = "auto"
 ) -> tuple[str, dict[str, float]]:
     """The faster dtype here, and the seconds of one training step in each that was tried, after a warm-up."""
     tried = {}
     for name in DTYPES:
         if allowed in ("auto", name):
-            inner = with_lora(copy.deepcopy(base).to(DTYPES[name]), settings).get_base_model()
+            student = student_of(copy.deepcopy(base).to(DTYPES[name]), settings)
             part = list(rows[: settings.batch])
-            reference = torch.zeros(len(part), 2, device=next(inner.parameters()).device)
-            dpo_step(inner, part, reference, beta=settings.beta)
-            tried[name], _ = timed(lambda: dpo_step(inner, part, reference, beta=settings.beta))  # noqa: B023
+            reference = torch.zeros(len(part), 2, device=next(student.model.parameters()).device)
+            dpo_step(student, part, reference, beta=settings.beta)
+            tried[name], _ = timed(lambda: dpo_step(student, part, reference, beta=settings.beta))  # noqa: B023
     return min(tried, key=lambda name: tried[name]), tried
 
 
-def dpo_step(inner: Any, rows: list[Rows], reference: torch.Tensor, *, beta: float) -> float:
+def dpo_step(student: Any, rows: list[Rows], reference: torch.Tensor, *, beta: float) -> float:
     """Forward and backward of one batch; returns the loss (Rafailov et al. 2023, eq. 7)."""
-    ratio = log_probs(inner, rows) - reference
+    ratio = student.log_probs(rows) - reference
     loss = -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1])).mean()
     loss.backward()
     return float(loss.detach())
 
 
-def log_probs(inner: Any, rows: list[Rows]) -> torch.Tensor:
+def log_probs(inner: Any, rows: list[Rows], before: torch.Tensor | None = None) -> torch.Tensor:
     """Log-probability of the chosen and the rejected answer of each pair, (len(rows), 2) float32.
 
-    Rows are padded on the right, where causal attention never looks; only answer positions reach the output layer.
+    before: embeddings (n, d_model) ahead of every prompt. Rows are padded on the right, where causal attention never
+    looks; only answer positions reach the output layer.
     """
     flat = [row for pair in rows for row in pair]
     width = max(len(prompt) + len(answer) for prompt, answer in flat) - 1
@@ -244,6 +316,10 @@ def log_probs(inner: Any, rows: list[Rows]) -> torch.Tensor:
     device = inner.lm_head.weight.device
     tokens, target = tokens.to(device), target.to(device)
     asked = target >= 0
-    hidden = inner.model(tokens, use_cache=False).last_hidden_state[asked]
+    x = inner.model.embed_tokens(tokens)
+    n = 0 if before is None else len(before)
+    if before is not None:
+        x = torch.cat([before.to(x.dtype).expand(len(flat), -1, -1), x], dim=1)
+    hidden = inner.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, n:][asked]
     nll = F.cross_entropy(inner.lm_head(hidden).float(), target[asked], reduction="none")
     return -torch.zeros(len(flat), device=device).index_add(0, asked.nonzero()[:, 0], nll).view(-1, 2)

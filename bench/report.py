@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from report_cost import contention, latency, scale, serving
-from report_parts import earlier, mean, percent, Result, Results, ROOT, source, table
+from report_parts import earlier, mean, OURS, percent, Result, Results, ROOT, source, table
+from report_trained import AT_KL, LORA, lora, PTUNING, ptuning, tried_of, training_time
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "plots"
@@ -22,7 +23,6 @@ BEGIN, END = "<!-- begin: bench/report.py -->", "<!-- end: bench/report.py -->"
 
 SIZES = (100, 20)  # pairs
 FLIP = 0.25  # share of wrong verdicts
-OURS = "edge-align"  # the arm
 PROMPTED = ("written preference", "three pairs in the prompt")  # arms that no pack has a part in
 
 
@@ -187,49 +187,6 @@ def _alternatives(used: list[Result], found: dict[str, list[Result]]) -> str:
     return f"{said}\n\n{table([*head, 'tokens added to a prompt', 'to learn'], body)}\n\n{sources}"
 
 
-def lora(results: Results) -> str:
-    """LoRA-DPO beside ours, by user."""
-    result = results.newest("lora")
-    by = {(row["arm"], row["pairs"], row["user"]): row for row in result["rows"]}
-    settings, body = result["lora"], []
-    for pairs in sorted({row["pairs"] for row in result["rows"]}, reverse=True):
-        users = [user for arm, n, user in by if arm == OURS and n == pairs]
-        for name in users:
-            both = [by[arm, pairs, name] for arm in ("LoRA-DPO", OURS)]
-            body.append(_beside(name.replace("_", " "), pairs, both))
-        both = [[by[arm, pairs, name] for name in users] for arm in ("LoRA-DPO", OURS)]
-        means = [{key: mean(row[key] for row in rows) for key in _COMPARED} for rows in both]
-        body.append(_beside("**all**", pairs, means))
-    head = ["user", "pairs", "LoRA-DPO", "ours", "NLL", "ours", "distinct-2", "ours", "bytes", "ours"]
-    tuned = ", ".join(
-        f"{row['learning_rate']:g}: {percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in result["tuning"]
-    )
-    device = ", ".join(sorted({row["trained_on"] for row in result["rows"] if row["arm"] != OURS}))
-    said = (
-        f"Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine. The LoRA "
-        f"(r{settings['rank']} on every linear map, beta {settings['beta']}, {settings['epochs']} epochs) has the "
-        "learning rate that did best on four validation people among those within 1.25 x the base's NLL "
-        f"({tuned}): {settings['learning_rate']:g}. It has no KL budget; ours has one. It was trained on "
-        f"{device}, and all answers come from the machine named below or from that one, in bfloat16."
-    )
-    gains = ", ".join(
-        f"{100 * found['mean']:+.1f} points ({100 * found['ci'][0]:.1f} to {100 * found['ci'][1]:.1f}) "
-        f"with {name.split()[1]} pairs"
-        for name, found in result["summary"].items()
-        if " less " in name and name.split()[1] == name.split()[-1]
-    )
-    return f"{said}\n\n{table(head, body)}\n\nOurs less the LoRA's, by prompt: {gains}.\n\n{source(result)}"
-
-
-_COMPARED = ("win_rate", "nll_ratio", "distinct2_ratio", "stored_bytes")
-
-
-def _beside(name: str, pairs: int, both: Sequence[Result]) -> list[str]:
-    cells = [name, str(pairs), *(percent(row["win_rate"]) for row in both)]
-    cells += [f"{row[key]:.2f} x" for key in ("nll_ratio", "distinct2_ratio") for row in both]
-    return [*cells, *(f"{row['stored_bytes']:,.0f}" for row in both)]
-
-
 def directions(results: Results) -> str:
     result = results.newest("nulls", where=lambda r: "directions" in r)
     found = result["directions"]
@@ -293,15 +250,7 @@ def learning(results: Results) -> str:
         f"command from a cold start {result['cold_sec']:.1f} s. A profile takes {result['profile_bytes']['constant']} "
         f"bytes, {result['profile_bytes']['head']} with the prompt-dependent head."
     )
-    lora = results.newest("training_time")
-    won = ", ".join(f"{name} {percent(rate)}" for name, rate in lora["win_rate"].items())
-    beside = (
-        f"LoRA-DPO (r{lora['lora']['rank']}, {lora['lora']['epochs']} epochs, {lora['lora']['dtype']}) on the same "
-        f"{lora['pairs']} pairs of one user ({lora['user']}): {lora['lora']['seconds']:.0f} s against "
-        f"{lora['edge_align_sec']:.1f} s, {lora['lora_over_edge_align']:.0f} x. Win rate on {lora['prompts']} unseen "
-        f"prompts: {won}; the LoRA had no KL budget."
-    )
-    return f"{said}\n\n{text}\n\n{source(result)}\n\n{beside}\n\n{source(lora)}"
+    return f"{said}\n\n{text}\n\n{source(result)}\n\n{training_time(results)}"
 
 
 SECTIONS = (
@@ -309,6 +258,7 @@ SECTIONS = (
     ("When verdicts are wrong", flipped),
     ("Beside what people would use instead", alternatives),
     ("Beside a LoRA for every person", lora),
+    ("Beside virtual tokens for every person", ptuning),
     ("What chance does", directions),
     ("The gate", gate),
     ("Time to learn a person", learning),
@@ -336,9 +286,10 @@ def readme_table(results: Results) -> str:
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
     drawn = results.newest("nulls", where=lambda r: "directions" in r)
     (other, *_), others = arms_of(results, SIZES[0])
-    tuned = results.newest("lora")
+    tuned = tried_of(results, LORA)
     pairs = max(row["pairs"] for row in tuned["rows"])
     beside = [tuned["summary"][f"pairs_{pairs}"][arm] for arm in ("LoRA-DPO", OURS)]
+    cost = lora["trained"][LORA]
     dtype = "bf16" if time["machine"]["bf16"] else "fp32"
 
     def won(size: int) -> str:
@@ -362,8 +313,8 @@ def readme_table(results: Results) -> str:
                 f"{time['warm_sec'][dtype]['sum']:.1f} s; {time['warm_sec'][dtype]['check']:.1f} s",
             ],
             [
-                f"LoRA-DPO on {lora['pairs']} pairs (r{lora['lora']['rank']}, {lora['lora']['epochs']} epochs)",
-                f"{lora['lora']['seconds']:.0f} s",
+                f"LoRA-DPO on {lora['pairs']} pairs (r{cost['rank']}, {cost['epochs']} epochs); all of ours over it",
+                f"{cost['seconds']:.0f} s; {lora['ours_over_it'][LORA]:.4f}",
             ],
             [
                 f"a tuned LoRA-DPO and ours{earlier(tuned)} from {pairs} pairs, the same users: win rate, "
@@ -470,8 +421,11 @@ def draw_arms(results: Results) -> None:
 
     _, found = arms_of(results, SIZES[0])
     arms = {name: rows for name, rows in found.items() if name != OURS}
-    tuned = results.newest("lora")["rows"]
-    arms["LoRA-DPO"] = [row for row in tuned if row["arm"] == "LoRA-DPO" and row["pairs"] == SIZES[0]]
+    for name in (LORA, AT_KL):
+        own = [row for row in tried_of(results, LORA)["rows"] if row["arm"] == name and row["pairs"] == SIZES[0]]
+        arms |= {name: own} if own else {}
+    with suppress(LookupError):
+        arms[PTUNING] = [row for row in tried_of(results, PTUNING)["rows"] if row["arm"] == PTUNING]
     arms[OURS] = quality_of(results, SIZES[0])[1]
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     for i, (name, rows) in enumerate(arms.items()):

@@ -12,6 +12,7 @@ RESULTS = ROOT / "bench" / "results"
 MODELS = ROOT / "models"
 
 Result = dict[str, Any]
+OURS = "edge-align"  # the arm
 
 
 class Results:

@@ -1,15 +1,16 @@
-"""LoRA-DPO against edge-align on the same 200 pairs of one user: seconds, and win rate on the same unseen prompts.
+"""LoRA-DPO and P-tuning-DPO against edge-align on the same 200 pairs of one user: seconds, memory, bytes, win rate.
 
-    python bench/training_time.py --save              # the LoRA takes half an hour on two cores; kept when done
-    python bench/training_time.py --steps 4 --save    # its time extrapolated, and marked so
+    python bench/training_time.py --save              # theirs take minutes on two cores; kept when done
+    python bench/training_time.py --steps 4 --save    # their time extrapolated, and marked so
 
-The LoRA (`lora_dpo.py`) trains in the faster of bfloat16 and float32 here, and its loading time is left out while ours
-is counted.
-All answers come from one PyTorch engine; the LoRA is merged into its weights.
+Theirs (`lora_dpo.py`) train in the faster of bfloat16 and float32 here, and their loading time is left out while ours is
+counted; ours is timed before, between and after them. All answers come from one PyTorch engine; the LoRA is merged into
+its weights. Peak memory is that of the process so far, so theirs are not below ours.
 """
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,14 +25,13 @@ from common import (
     learn_profile,
     main,
     parser,
-    reference_model,
     sample_rows,
     SEED,
     short_pairs,
     steering_rows,
     timed,
 )
-from lora_dpo import build_hf, fastest_dtype, LoRA, merge, tokenized, train
+from lora_dpo import build_hf, fastest_dtype, LoRA, merged, preceded, PTuning, tokenized, train
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -40,7 +40,8 @@ from edge_align.records import PreferencePair
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import bootstrap_interval, user, wins
 
-SETTINGS = LoRA()
+METHODS = {"LoRA-DPO": LoRA(), "P-tuning-DPO": PTuning()}
+OURS = "edge-align"
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -50,74 +51,100 @@ def run(bench: Bench) -> dict[str, Any]:
     who = user(args.user)
     pairs = short_pairs(bench, who, n=args.pairs, tokens=args.tokens)
     seconds, profile = timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))
-    console.print(f"edge-align: {seconds:.2f} s")
-    lora, deltas = train_lora(bench, pairs)
-    found = {"user": who.name, "pairs": len(pairs), "edge_align_sec": seconds, "lora": lora}
-    found["lora_over_edge_align"] = lora["seconds"] / seconds
+    ours, memory = [seconds], {OURS: peak_mb()}
+    trained, adapters = {}, {}
+    for name, settings in METHODS.items():
+        trained[name], adapters[name] = train_other(bench, pairs, settings)
+        memory[name] = peak_mb()
+        ours.append(timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))[0])
+    found = {
+        "user": who.name,
+        "pairs": len(pairs),
+        "edge_align_sec": float(np.median(ours)),
+        "edge_align_runs_sec": ours,
+        "edge_align_bytes": sum(array.nbytes for array in profile.encoder.to_tensors().values()),
+        "trained": trained,
+        "peak_rss_mb": memory,
+        "ours_over_it": {name: float(np.median(ours)) / cost["seconds"] for name, cost in trained.items()},
+    }
     if not args.no_answers:
-        found |= compare(bench, profile.encoder, deltas)
-    table = Table("", "seconds", "win rate")
-    for name, cost in (("edge-align", seconds), ("LoRA-DPO", lora["seconds"])):
-        note = " (extrapolated)" if name == "LoRA-DPO" and lora["extrapolated"] else ""
+        found |= compare(bench, profile.encoder, adapters)
+    table = Table("", "seconds", "bytes", "win rate")
+    costs = {OURS: (found["edge_align_sec"], found["edge_align_bytes"], False)}
+    costs |= {name: (cost["seconds"], cost["stored_bytes"], cost["extrapolated"]) for name, cost in trained.items()}
+    for name, (sec, stored, extrapolated) in costs.items():
         rate = found.get("win_rate", {}).get(name)
-        table.add_row(name, f"{cost:.2f}{note}", "" if rate is None else f"{rate:.3f}")
+        note = " (extrapolated)" if extrapolated else ""
+        table.add_row(name, f"{sec:.2f}{note}", f"{stored:,}", "" if rate is None else f"{rate:.3f}")
     console.print(table)
     return found
 
 
+def peak_mb() -> float:
+    """The most memory this process has held, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 # -- answers -------------------------------------------------------------------------------------------------------
-def compare(bench: Bench, encoder: Any, deltas: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Win rates of both against the base's answers to the same prompts, same cap and seed."""
+def compare(bench: Bench, encoder: Any, adapters: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Win rates of all against the base's answers to the same prompts, same cap and seed."""
     args, who = bench.args, user(bench.args.user)
     unseen = list(prompts("test")[: args.prompts])
-    model, seed = reference_model(bench), args.seed + SEED
+    model, seed = bench.reference, args.seed + SEED
 
-    def texts(name: str, vectors: np.ndarray | None, *depends: Any) -> list[str]:
-        kept = bench.keep(f"training-{name}", unseen, args.max_tokens, seed, str(model.dtype), *depends)
-        made: list[Answer] = sample_rows(
-            bench, model, unseen, vectors, max_tokens=args.max_tokens, seed=seed, kept=kept, label=name
-        )
+    def texts(name: str, vectors: np.ndarray | None = None, *, depends: str = "", before: Sequence[int] = ()) -> list[str]:
+        kept = bench.keep(f"training-{name}", unseen, args.max_tokens, seed, str(model.dtype), depends)
+        options = {"max_tokens": args.max_tokens, "seed": seed, "kept": kept, "label": name, "before": before}
+        made: list[Answer] = sample_rows(bench, model, unseen, vectors, **options)
         return [answer.text for answer in made]
 
-    base = texts("base", None)
+    base = texts("base")
     arrays = steering_rows(bench, encoder, unseen)
-    ours = texts("ours", arrays, digest(arrays))
-    merge(model, deltas)
-    theirs = texts("lora", None, digest(*[d.numpy() for d in deltas.values()]))
-    found: dict[str, Any] = {"prompts": len(unseen), "win_rate": {}, "win_ci": {}}
-    for name, made in (("edge-align", ours), ("LoRA-DPO", theirs)):
-        won = wins(who.judge, made, base)
-        found["win_rate"][name] = float(won.mean())
-        found["win_ci"][name] = list(bootstrap_interval(won, rng=np.random.default_rng(0)))
-    return found
+    made = {OURS: texts(OURS, arrays, depends=digest(arrays))}
+    for name, adapter in adapters.items():
+        depends = digest(*[part.numpy() for part in adapter.values()])
+        if "before" in adapter:
+            with preceded(model, adapter["before"]) as ids:
+                made[name] = texts(name, depends=depends, before=ids)
+        else:
+            with merged(model, adapter):
+                made[name] = texts(name, depends=depends)
+    won = {name: wins(who.judge, of_arm, base) for name, of_arm in made.items()}
+    return {
+        "prompts": len(unseen),
+        "win_rate": {name: float(each.mean()) for name, each in won.items()},
+        "win_ci": {name: list(bootstrap_interval(each, rng=np.random.default_rng(0))) for name, each in won.items()},
+    }
 
 
-# -- LoRA-DPO ------------------------------------------------------------------------------------------------------
-def train_lora(bench: Bench, pairs: Sequence[PreferencePair]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(seconds and settings, weight changes by "layer.module"); kept when done, for it takes long."""
+# -- theirs --------------------------------------------------------------------------------------------------------
+def train_other(
+    bench: Bench, pairs: Sequence[PreferencePair], settings: LoRA | PTuning
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(seconds and settings, the adapter); kept when done, for it takes long."""
     args = bench.args
-    options = [*asdict(SETTINGS).values(), args.steps, args.dtype, args.seed, args.threads]
+    options = [type(settings).__name__, *asdict(settings).values(), args.steps, args.dtype, args.seed, args.threads]
     texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
-    report = bench.keep("lora", options, texts)
+    report = bench.keep("trained-time", options, texts)
     path = report.path.with_suffix(".safetensors")
     if not (report.rows and path.is_file()):
         rows, base = tokenized(bench, pairs), build_hf(bench)
-        dtype, tried = fastest_dtype(base, rows, SETTINGS, args.dtype)
-        row, deltas = train(base, rows, SETTINGS, dtype=dtype, seed=args.seed, steps=args.steps)
+        dtype, tried = fastest_dtype(base, rows, settings, args.dtype)
+        row, adapter = train(base, rows, settings, dtype=dtype, seed=args.seed, steps=args.steps)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: delta.contiguous() for name, delta in deltas.items()}, path)
-        report.add(row | {"probe_sec": tried} | asdict(SETTINGS))
+        save_file({name: part.contiguous() for name, part in adapter.items()}, path)
+        report.add(row | {"probe_sec": tried} | asdict(settings))
     return report.rows[-1], load_file(path)
 
 
 if __name__ == "__main__":
-    p = parser("LoRA-DPO against edge-align on the same pairs: seconds and win rate.")
+    p = parser("LoRA-DPO and P-tuning-DPO against edge-align on the same pairs: seconds, memory, bytes, win rate.")
     p.add_argument("--user", default="positive")
     p.add_argument("--pairs", type=int, default=200)
     p.add_argument("--tokens", type=int, default=75, help="answers are cut to this many tokens")
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
     p.add_argument("--max-tokens", type=int, default=96)
-    p.add_argument("--steps", type=int, default=0, help="stop the LoRA after so many steps and extrapolate its time")
+    p.add_argument("--steps", type=int, default=0, help="stop theirs after so many steps and extrapolate their time")
     p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster one here")
     p.add_argument("--kl-budget", type=float, default=PersonalizeConfig().kl_budget)
     p.add_argument("--no-answers", action="store_true", help="seconds only")

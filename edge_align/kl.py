@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_align.config import SamplingConfig
 from edge_align.records import SteeringVectors, user_prompt
-from edge_align.runtime.base import Scoring
+from edge_align.runtime.base import ScoresMany, Scoring
 from edge_align.simulation.prompts import prompts
 
 ANSWERS = 8
@@ -33,14 +33,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), dtype=np.float32)
 
 
-def open_probe(backend: Scoring, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Probe:
+def open_probe(backend: ScoresMany, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Probe:
     """Score the answers once without steering."""
     base = [log_softmax(logits) for logits in backend.score_many(prompts, completions, vectors=None)]
     return Probe(prompts, completions, base)
 
 
-def measured_kl(backend: Scoring, probe: Probe, vectors: SteeringVectors) -> float:
-    """Mean KL(base || steered) over the probe's positions, nats per token."""
+def measured_kl(backend: ScoresMany, probe: Probe, vectors: SteeringVectors | None) -> float:
+    """Mean KL(base || steered) over the probe's positions, nats per token; None: of what `backend` is by itself."""
     total, count = 0.0, 0
     scored = backend.score_many(probe.prompts, probe.completions, vectors=vectors)
     for base, logits in zip(probe.base, scored, strict=True):
@@ -58,19 +58,26 @@ def sampled_probe(backend: Scoring, *, answers: int = ANSWERS, tokens: int = TOK
 
 
 def factor_for_kl(
-    backend: Scoring, probe: Probe, vectors: SteeringVectors, kl: float, *, ceiling: bool = False
+    backend: ScoresMany, probe: Probe, vectors: SteeringVectors, kl: float, *, ceiling: bool = False
 ) -> tuple[float, float]:
     """The factor of `vectors` at which the measured KL is `kl` within 2 %, and the KL there.
 
-    ceiling: factor 1 is kept where it costs no more than `kl`. KL grows about with the factor's square, so each step
-    multiplies it by the root of what is missing.
+    ceiling: factor 1 is kept where it costs no more than `kl`.
     """
-    factor, found = 1.0, measured_kl(backend, probe, vectors)
-    if vectors.is_zero or (ceiling and found <= kl):
+    return search_factor(lambda factor: measured_kl(backend, probe, vectors.scaled(factor)), kl, ceiling=ceiling)
+
+
+def search_factor(kl_at: Callable[[float], float], kl: float, *, ceiling: bool = False) -> tuple[float, float]:
+    """The factor of anything at which `kl_at(factor)` is `kl` within 2 %, and the KL there; begun at 1.
+
+    KL grows about with the factor's square, so each step multiplies it by the root of what is missing.
+    """
+    factor, found = 1.0, kl_at(1.0)
+    if ceiling and found <= kl:
         return factor, found
     for _ in range(STEPS):
-        if abs(found / kl - 1.0) <= WITHIN or found <= 0.0:
+        if found <= 0.0 or abs(found / kl - 1.0) <= WITHIN:
             break
         factor *= float(np.clip(np.sqrt(kl / found), 0.1, 10.0))
-        found = measured_kl(backend, probe, vectors.scaled(factor))
+        found = kl_at(factor)
     return factor, found

@@ -339,28 +339,74 @@ def test_rotary_layouts_are_each_others_reverse(bench: dict[str, ModuleType]) ->
     assert torch.equal(bench["lora_dpo"].split_halves(interleaved, 2), rows)
 
 
+def random_rows(seed: int) -> list[list[tuple[list[int], list[int]]]]:
+    """Six pairs of random texts, as `lora_dpo.train` takes them."""
+    rng = np.random.default_rng(seed)
+    return [[(list(rng.integers(3, 60, 5)), list(rng.integers(3, 60, 7))) for _ in range(2)] for _ in range(6)]
+
+
+def log_odds(model: Any, rows: Any, array: np.ndarray | None = None, before: Any = ()) -> float:
+    """Of the chosen answers over the rejected ones, mean, by plain passes over whole texts."""
+    total = 0.0
+    for pair in rows:
+        for sign, (prompt, answer) in zip((1, -1), pair, strict=True):
+            logits = torch.from_numpy(model.score([*before, *prompt], answer, array))
+            total += sign * float(logits.log_softmax(-1)[range(len(answer)), answer].sum())
+    return total / len(rows)
+
+
+def test_a_lora_and_virtual_tokens_do_in_the_reference_what_they_do_in_transformers(
+    bench: dict[str, ModuleType], tiny_workplace: tuple[str, ...]
+) -> None:
+    from edge_align.runtime.torch_ref import LlamaReference
+
+    lora, rows = bench["lora_dpo"], random_rows(0)
+    with bench["common"].Bench(bench["common"].parser("").parse_args(tiny_workplace)) as opened:
+        theirs, ours = lora.build_hf(opened), LlamaReference(opened.base.path)
+    base = log_odds(ours, rows)
+    prompt, answer = rows[0][0]
+    text = torch.tensor([*prompt, *answer[:-1]])
+
+    cost, adapter = lora.train(theirs, rows, lora.LoRA(0.05, rank=2, alpha=4, epochs=6), dtype="fp32", seed=0)
+    assert cost["last_loss"] < cost["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    untouched = {name: weight.clone() for name, weight in theirs.state_dict().items()}
+    for strength in (0.5, 1.0):
+        theirs.load_state_dict(untouched)
+        with torch.no_grad():
+            for il, layer in enumerate(theirs.model.layers):
+                for name in lora.NAMES:
+                    change = adapter[f"{il}.{name}.B"] @ adapter[f"{il}.{name}.A"]
+                    layer.get_submodule(name).weight += strength * change
+            expected = theirs(text[None]).logits[0, len(prompt) - 1 :].numpy()
+        with lora.merged(ours, adapter, strength=strength) as model:
+            np.testing.assert_allclose(model.score(prompt, answer), expected, atol=1e-3)
+            assert log_odds(model, rows) > base + 0.5
+    assert log_odds(ours, rows) == base  # it is left as it was
+
+    theirs.load_state_dict(untouched)
+    cost, adapter = lora.train(theirs, rows, lora.PTuning(0.05, epochs=6, tokens=3), dtype="fp32", seed=0)
+    assert cost["stored_bytes"] == 3 * ours.shape.d_model * 2
+    embeds = torch.cat([adapter["before"], theirs.model.embed_tokens(text)])
+    with torch.no_grad():
+        expected = theirs(inputs_embeds=embeds[None]).logits[0, 3 + len(prompt) - 1 :].numpy()
+    with lora.preceded(ours, adapter["before"]) as ids:
+        np.testing.assert_allclose(ours.score([*ids, *prompt], answer), expected, atol=1e-3)
+        assert log_odds(ours, rows, before=ids) > base + 0.5
+    assert log_odds(ours, rows) == base
+
+
 def test_trained_vectors_raise_what_was_chosen_and_lower_it_when_they_are_turned_round(
     bench: dict[str, ModuleType], tmp_path: Path
 ) -> None:
     from edge_align.runtime.torch_ref import LlamaReference
 
     bipo, model = bench["bipo"], LlamaReference(write_gguf(tmp_path / "tiny.gguf", "llama"))
-    rng = np.random.default_rng(0)
-    rows = [[(list(rng.integers(3, 60, 5)), list(rng.integers(3, 60, 7))) for _ in range(2)] for _ in range(6)]
+    rows = random_rows(0)
     layers = range(1, model.shape.n_layer)
     vectors = bipo.train(model, rows, layers, bipo.Bipo(learning_rate=0.05, epochs=10), seed=0)
 
-    def margin(array: np.ndarray | None) -> float:
-        """Log-odds of the chosen answers, by plain passes over whole texts."""
-        total = 0.0
-        for pair in rows:
-            for sign, (prompt, answer) in zip((1, -1), pair, strict=True):
-                logits = torch.from_numpy(model.score(prompt, answer, array))
-                total += sign * float(logits.log_softmax(-1)[range(len(answer)), answer].sum())
-        return total / len(rows)
-
-    assert margin(vectors) > margin(None) + 0.5
-    assert margin(-vectors) < margin(None) - 0.5
+    assert log_odds(model, rows, vectors) > log_odds(model, rows) + 0.5
+    assert log_odds(model, rows, -vectors) < log_odds(model, rows) - 0.5
     assert not vectors[0].any() and np.array_equal(
         vectors, bipo.train(model, rows, layers, bipo.Bipo(learning_rate=0.05, epochs=10), seed=0)
     )

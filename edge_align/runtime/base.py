@@ -11,7 +11,7 @@ Contract of every backend:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable, TYPE_CHECKING
 
@@ -108,8 +108,8 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-class Scoring(Backend, Protocol):
-    """An engine that scores texts of different prompts."""
+class ScoresMany(Protocol):
+    """What scores texts of different prompts."""
 
     def score_many(
         self,
@@ -117,9 +117,13 @@ class Scoring(Backend, Protocol):
         completions: Sequence[Sequence[int]],
         *,
         vectors: SteeringVectors | None,
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterable[np.ndarray]:
         """`score` of completion i after prompt i, one (T_i, n_vocab) float32 array at a time."""
         ...
+
+
+class Scoring(Backend, ScoresMany, Protocol):
+    """An engine that decodes and scores."""
 
 
 @runtime_checkable

@@ -1,0 +1,96 @@
+"""Sections of `report.py` on what trains through the base for every person: LoRA-DPO and P-tuning-DPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from report_parts import mean, OURS, percent, Result, Results, source, table
+
+LORA, AT_KL, PTUNING = "LoRA-DPO", "LoRA-DPO at our KL", "P-tuning-DPO"
+SHORT = {LORA: "LoRA", AT_KL: "LoRA at our KL", PTUNING: "P-tuning", OURS: "ours"}
+
+
+def lora(results: Results) -> str:
+    """LoRA-DPO, as it was trained and at the KL of ours, beside ours."""
+    said = (
+        f'The LoRA (r16 on every linear map) has no KL budget as it is trained; in "{SHORT[AT_KL]}" its change of the '
+        "weights is scaled to the KL from the base that ours measures on the same base answers."
+    )
+    return _trained(results, LORA, said)
+
+
+def ptuning(results: Results) -> str:
+    """P-tuning-DPO beside ours."""
+    return _trained(results, PTUNING, "20 virtual tokens before the prompt, the outputs of a small trained network.")
+
+
+def _trained(results: Results, method: str, said: str) -> str:
+    """A method that trains through the base, tuned on validation people, beside ours by user."""
+
+    result = tried_of(results, method)
+    tuned = results.newest("lora", where=lambda r: r.get("method", LORA) == method and r["tuning"])
+    rows, settings = result["rows"], result.get("settings", result.get("lora", {}))
+    arms = [arm for arm in (method, AT_KL, OURS) if any(row["arm"] == arm for row in rows)]
+    by = {(row["arm"], row["pairs"], row["user"]): row for row in rows}
+    body = []
+    for pairs in sorted({row["pairs"] for row in rows}, reverse=True):
+        users = [user for arm, n, user in by if arm == OURS and n == pairs]
+        for name in users:
+            body.append(_beside(name.replace("_", " "), pairs, [by.get((arm, pairs, name)) for arm in arms]))
+        shared = [name for name in users if all((arm, pairs, name) in by for arm in arms)]
+        every = [[by[arm, pairs, name] for name in shared] for arm in arms]
+        means = [{key: mean(row[key] for row in of_arm) for key in (*_COMPARED, "seconds")} for of_arm in every]
+        body.append(_beside("**mean**" if shared == users else "**mean of those with all arms**", pairs, means))
+    what = ("win rate: ", "NLL: ", "distinct-2: ")
+    head = ["user", "pairs", *(f"{name}{SHORT[arm]}" for name in what for arm in arms)]
+    tried = ", ".join(
+        f"{row['learning_rate']:g}: {percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in tuned["tuning"]
+    )
+    stored = [mean(row["stored_bytes"] for row in rows if row["arm"] == arm) for arm in (method, OURS)]
+    said += (
+        f" Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine; beta {settings['beta']}, "
+        f"{settings['epochs']} epochs. The learning rate is that which did best on four validation people among those "
+        f"within 1.25 x the base's NLL ({tried}; {tuned['tuning_sec'] / 60:.0f} minutes of training): "
+        f"{settings['learning_rate']:g}. Trained on "
+        f"{', '.join(sorted({row['trained_on'] for row in rows if row['arm'] != OURS}))}. "
+        f"Stored: {stored[0]:,.0f} bytes a person, ours {stored[1]:,.0f}."
+    )
+    gains = "; ".join(
+        f"{name}: {100 * found['mean']:+.1f} points ({100 * found['ci'][0]:.1f} to {100 * found['ci'][1]:.1f})"
+        for name, found in result["summary"].items()
+        if " less " in name
+    )
+    files = "\n\n".join(source(one) for one in ([result] if tuned is result else [result, tuned]))
+    body_table = table([*head, f"seconds: {SHORT[method]}", "ours"], body)
+    return f"{said}\n\n{body_table}\n\nBy prompt, with the number of pairs: {gains}.\n\n{files}"
+
+
+_COMPARED = ("win_rate", "nll_ratio", "distinct2_ratio")
+
+
+def _beside(name: str, pairs: int, arms: Sequence[Result | None]) -> list[str]:
+    """A row; an arm that a user has not has empty cells."""
+    cells = [name, str(pairs), *("" if row is None else percent(row["win_rate"]) for row in arms)]
+    cells += ["" if row is None else f"{row[key]:.2f} x" for key in _COMPARED[1:] for row in arms]
+    return [*cells, *("" if row is None else f"{row['seconds']:.1f}" for row in (arms[0], arms[-1]))]
+
+
+def tried_of(results: Results, method: str) -> Result:
+    """The newest comparison of a method with ours."""
+    return results.newest("lora", where=lambda r: r.get("method", LORA) == method)
+
+
+def training_time(results: Results) -> str:
+    """What a new person costs each."""
+    result = results.newest("training_time")
+    rows = [[OURS, f"{result['edge_align_sec']:.1f} s", "", f"{result['edge_align_bytes']:,}"]]
+    for name, cost in result["trained"].items():
+        more = " (extrapolated)" if cost["extrapolated"] else ""
+        share = f"{result['ours_over_it'][name]:.4f}"
+        rows.append([f"{name}, {cost['epochs']} epochs, {cost['dtype']}", f"{cost['seconds']:.0f} s{more}", share])
+        rows[-1].append(f"{cost['stored_bytes']:,}")
+    for row, name in zip(rows, (OURS, *result["trained"]), strict=True):
+        row += [f"{result['peak_rss_mb'][name]:.0f} MB", percent(result["win_rate"][name])]
+    head = ["", "to learn", "ours over it", "bytes stored", "peak memory so far", f"win rate on {result['prompts']} prompts"]
+    said = f"Beside what trains through the base, on {result['pairs']} pairs of one user ({result['user']}):"
+    return f"{said}\n\n{table(head, rows)}\n\n{source(result)}"
