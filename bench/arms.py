@@ -36,7 +36,7 @@ from lora_dpo import tokenized
 from quality import answer_cap, judged, other_judges
 from rich.table import Table
 
-from edge_align.kl import factor_for_kl, measured_kl, sampled_probe
+from edge_align.kl import factor_for_kl, measured_kl, Probe, sampled_probe
 from edge_align.records import Message, PreferencePair, Prompt, SteeringVectors, user_prompt
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import User, wins
@@ -62,14 +62,14 @@ def run(bench: Bench) -> dict[str, Any]:
         args.prompts, args.max_tokens, args.pairs = 2, 8, 8
     questions, answers = train_answers(bench)
     unseen = list(prompts(args.set)[: args.prompts])
-    second = other_judges()
+    second, probe = other_judges(), sampled_probe(bench.backend, seed=SEED)
     rows = []
     for who in chosen_users(args.users):
         cap = answer_cap(bench, who)
         base = sample(bench, unseen, max_tokens=cap, seed=args.seed + SEED, label="base answers")
         pairs = users_pairs(who, questions, answers, n=args.pairs, seed=args.seed)
         made: dict[str, list[Answer]] = {}
-        for arm in arms(bench, who, pairs, unseen):
+        for arm in arms(bench, who, pairs, unseen, probe):
             if args.vectors_only and arm.ask is not user_prompt:
                 continue
             made[arm.name] = sample(
@@ -91,7 +91,7 @@ def run(bench: Bench) -> dict[str, Any]:
     return {"pairs": args.pairs, "prompts": len(unseen), "rows": rows}
 
 
-def arms(bench: Bench, who: User, pairs: Sequence[PreferencePair], unseen: Sequence[str]) -> list[Arm]:
+def arms(bench: Bench, who: User, pairs: Sequence[PreferencePair], unseen: Sequence[str], probe: Probe) -> list[Arm]:
     """All arms of a person, ours among them. A prompt-dependent profile takes part as its mean."""
     bare = len(bench.backend.render(user_prompt(unseen[0])))
 
@@ -104,6 +104,14 @@ def arms(bench: Bench, who: User, pairs: Sequence[PreferencePair], unseen: Seque
     profile_sec, profile = timed(lambda: learn_profile(bench, pairs))
     ours = steering(bench, profile.encoder, unseen[:1])[0]
     assert ours is not None
+    kl = measured_kl(bench.backend, probe, ours)
+
+    def at_our_kl(array: np.ndarray) -> SteeringVectors:
+        if kl <= 0.0:
+            return ours
+        vectors = SteeringVectors(array)
+        return vectors.scaled(factor_for_kl(bench.backend, probe, vectors, kl)[0])
+
     written = told("written preference", f"You are a helpful assistant. The user {who.description}.")
     difference_sec, difference = timed(lambda: mean_difference(bench, pairs))
     trained = []
@@ -111,11 +119,11 @@ def arms(bench: Bench, who: User, pairs: Sequence[PreferencePair], unseen: Seque
         settings = bipo.Bipo(learning_rate=bench.args.bipo, epochs=1 if bench.args.quick else bipo.Bipo.epochs)
         layers, rows = other_blocks(bench), tokenized(bench, pairs)
         seconds, found = timed(lambda: bipo.train(bench.reference, rows, layers, settings, seed=bench.args.seed))
-        trained = [Arm("trained vectors (BiPO)", user_prompt, at_kl_of(bench, found, ours), seconds, 0)]
+        trained = [Arm("trained vectors (BiPO)", user_prompt, at_our_kl(found), seconds, 0)]
     return [
         written,
         told("three pairs in the prompt", shown(pairs[:SHOWN])),
-        Arm("mean-difference vector", user_prompt, at_kl_of(bench, difference, ours), difference_sec, 0),
+        Arm("mean-difference vector", user_prompt, at_our_kl(difference), difference_sec, 0),
         *trained,
         Arm("edge-align", user_prompt, ours, profile_sec, 0),
         Arm("edge-align + written preference", written.ask, ours, profile_sec, written.prompt_tokens),
@@ -153,14 +161,6 @@ def mean_difference(bench: Bench, pairs: Sequence[PreferencePair]) -> np.ndarray
     array = np.zeros((bench.base.n_layer, bench.base.d_model), np.float32)
     array[blocks] = (means[0::2] - means[1::2]).mean(0)
     return array
-
-
-def at_kl_of(bench: Bench, array: np.ndarray, like: SteeringVectors) -> SteeringVectors:
-    """Vectors in the direction of `array`, at the measured KL of `like`."""
-    if like.is_zero:
-        return like
-    probe, vectors = sampled_probe(bench.backend, seed=SEED), SteeringVectors(array)
-    return vectors.scaled(factor_for_kl(bench.backend, probe, vectors, measured_kl(bench.backend, probe, like))[0])
 
 
 def against(who: User, ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:

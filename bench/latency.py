@@ -3,7 +3,8 @@
     python bench/latency.py --save
 
 Runs are interleaved in alternating order, so that a machine that slows down slows all arms; ratios are of paired runs,
-with a 95 % bootstrap interval of their median. The bare loop is llama_decode and the native sampler, nothing else.
+with a 95 % bootstrap interval of their median. Where the machine counts energy, joules per token are of the whole
+package, prompt included. The bare loop is llama_decode and the native sampler, nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import Bench, console, fresh_home, main, parser, progress, random_latent, ROOT, save_latent
+from energy import joules, zones
 from latency_arms import bare, instead
 from rich.table import Table
 
@@ -93,8 +95,11 @@ def decoding(bench: Bench, vectors: SteeringVectors) -> dict[str, Any]:
         "steered": lambda: ours(vectors),
     }
     speeds = rounds(arms, args.runs)
+    packages = zones()
+    energy = {name: joules(arm, packages) / args.tokens for name, arm in arms.items()} if packages else None
     context.close()
     return {
+        "joules_per_token": energy,
         "tokens_per_sec": {name: median(values) for name, values in speeds.items()},
         "steered_over_base": asdict(paired_ratio(speeds["steered"], speeds["base"])),
         "ours_over_bare": asdict(paired_ratio(speeds["base"], speeds["bare"])),

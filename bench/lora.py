@@ -49,7 +49,6 @@ from edge_align.simulation.users import bootstrap_interval, User, user, wins
 
 METHODS = {"lora": "LoRA-DPO", "ptuning": "P-tuning-DPO"}
 AT_KL, OURS = "LoRA-DPO at our KL", "edge-align"
-TUNERS = "casual,formal,hedged,assertive"  # validation people whose answers need no cap of their own
 TUNING_PAIRS = 100
 NLL_LIMIT = 1.25
 
@@ -124,10 +123,11 @@ class Trainer:
         """Train once; kept."""
         bench, pairs = self.bench, self.pairs(who, size)
         texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
-        kept = bench.keep("trained", type(settings).__name__, list(asdict(settings).values()), bench.args.dtype, bench.args.seed, texts)
+        named = [*asdict(settings).values(), bench.args.dtype, bench.args.seed, bench.args.train_tokens]
+        kept = bench.keep("trained", type(settings).__name__, named, texts)
         path = kept.path.with_suffix(".safetensors")
         if not (kept.rows and path.is_file()):
-            rows = tokenized(bench, pairs)
+            rows = tokenized(bench, pairs, most=bench.args.train_tokens)
             cost, parts = train(self.base, rows, settings, dtype=bench.args.dtype, seed=bench.args.seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: part.contiguous() for name, part in parts.items()}, path)
@@ -194,7 +194,7 @@ def tune(trainer: Trainer, rate: float) -> dict[str, Any]:
     unseen = list(prompts("validation")[: args.tune_prompts])
     settings = replace(trainer.settings, learning_rate=rate)
     rows = []
-    for who in [user(name) for name in TUNERS.split(",")[: 1 if args.quick else None]]:
+    for who in [user(name) for name in args.tuners.split(",")[: 1 if args.quick else None]]:
         cap = answer_cap(trainer.bench, who)
         adapter = trainer.adapter(who, settings, TUNING_PAIRS)
         made = trainer.adapted(who, adapter, unseen, cap, 1.0)
@@ -290,6 +290,10 @@ if __name__ == "__main__":
     p.add_argument("--tune-prompts", type=int, default=64, help="validation prompts")
     p.add_argument("--max-tokens", type=int, default=64)
     p.add_argument("--rates", default="1e-4,3e-4,1e-3", help="learning rates to choose from")
+    p.add_argument(
+        "--tuners", default="casual,formal,hedged,assertive", metavar="A,B", help="validation people that choose one"
+    )
+    p.add_argument("--train-tokens", type=int, default=0, help="of an answer that theirs train on; 0: all")
     p.add_argument("--epochs", type=int, default=3)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base; adapters are float32")

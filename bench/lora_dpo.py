@@ -1,4 +1,4 @@
-"""LoRA-DPO and P-tuning-DPO on the base, with transformers and peft: the model, training on pairs, using what it learnt.
+"""LoRA-DPO and P-tuning-DPO on the base, with transformers and peft: the model, training, using what it learnt.
 
 They are given every advantage that costs no quality: the faster of bfloat16 and float32, reference log-probabilities
 computed once, and logits for answer tokens only. What is trained is float32 whatever the base is, as peft makes it.
@@ -72,11 +72,11 @@ def merged(
     for il, block in enumerate(model.blocks):
         parts = [(adapter[f"{il}.{name}.B"], adapter[f"{il}.{name}.A"]) for name in NAMES]
         q, k, v, out, gate, up, down = (strength * (b.to(model.device) @ a.to(model.device)) for b, a in parts)
-        norms = [torch.from_numpy(model.tensors.read(f"blk.{il}.{n}_norm.weight")).to(model.device) for n in ("attn", "ffn")]
+        norms = [torch.from_numpy(model.tensors.read(f"blk.{il}.{name}_norm.weight")) for name in ("attn", "ffn")]
         change = torch.cat([interleave(q, s.n_head), interleave(k, s.n_head_kv), v])
-        block.qkv = (block.qkv.float() + change * norms[0]).to(model.dtype)
+        block.qkv = (block.qkv.float() + change * norms[0].to(model.device)).to(model.dtype)
         block.out = (block.out.float() + out).to(model.dtype)
-        block.gate_up = (block.gate_up.float() + torch.cat([gate, up]) * norms[1]).to(model.dtype)
+        block.gate_up = (block.gate_up.float() + torch.cat([gate, up]) * norms[1].to(model.device)).to(model.dtype)
         block.down = (block.down.float() + down).to(model.dtype)
     try:
         yield model
@@ -152,12 +152,13 @@ def build_hf(bench: Bench) -> Any:
 
 
 # -- training ------------------------------------------------------------------------------------------------------
-def tokenized(bench: Bench, pairs: Sequence[PreferencePair]) -> list[Rows]:
-    """Chosen and rejected answer of each pair, with the end of text."""
+def tokenized(bench: Bench, pairs: Sequence[PreferencePair], *, most: int = 0) -> list[Rows]:
+    """Chosen and rejected answer of each pair, with the end of text; most: tokens of an answer, unless 0."""
     rows: list[Rows] = []
     for pair in pairs:
         prompt = bench.backend.render(pair.prompt)
-        rows.append([(prompt, [*bench.backend.tokenize(text), bench.eos]) for text in (pair.chosen, pair.rejected)])
+        answers = [[*bench.backend.tokenize(text), bench.eos][: most or None] for text in (pair.chosen, pair.rejected)]
+        rows.append([(prompt, answer) for answer in answers])
     return rows
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 
 from report_cost import contention, latency, scale, serving
 from report_parts import earlier, mean, OURS, percent, Result, Results, ROOT, source, table
-from report_trained import AT_KL, LORA, lora, PTUNING, ptuning, tried_of, training_time
+from report_trained import AT_KL, LORA, lora, PTUNING, ptuning, training_time, tried_of
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "plots"

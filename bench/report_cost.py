@@ -18,6 +18,9 @@ def latency(results: Results) -> str:
         ],
         ["memory of `generate`, 2,048 tokens of context", f"{result['memory']['peak_rss_mb']:.0f} MB"],
     ]
+    if result.get("joules_per_token"):
+        said = ", ".join(f"{name} {value:.2f} J" for name, value in result["joules_per_token"].items())
+        rows.append(["energy per token, whole package", said])
     first = [
         [
             str(row["prompt_tokens"]),

@@ -46,11 +46,12 @@ def _trained(results: Results, method: str, said: str) -> str:
     tried = ", ".join(
         f"{row['learning_rate']:g}: {percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in tuned["tuning"]
     )
+    tuners = tuned["options"].get("tuners", "casual,formal,hedged,assertive").split(",")
     stored = [mean(row["stored_bytes"] for row in rows if row["arm"] == arm) for arm in (method, OURS)]
     said += (
-        f" Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine; beta {settings['beta']}, "
-        f"{settings['epochs']} epochs. The learning rate is that which did best on four validation people among those "
-        f"within 1.25 x the base's NLL ({tried}; {tuned['tuning_sec'] / 60:.0f} minutes of training): "
+        f" Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine; beta "
+        f"{settings['beta']}, {settings['epochs']} epochs. The learning rate did best on {len(tuners)} validation "
+        f"people among those within 1.25 x the base's NLL ({tried}; {tuned['tuning_sec'] / 60:.0f} minutes): "
         f"{settings['learning_rate']:g}. Trained on "
         f"{', '.join(sorted({row['trained_on'] for row in rows if row['arm'] != OURS}))}. "
         f"Stored: {stored[0]:,.0f} bytes a person, ours {stored[1]:,.0f}."
@@ -90,7 +91,10 @@ def training_time(results: Results) -> str:
         rows.append([f"{name}, {cost['epochs']} epochs, {cost['dtype']}", f"{cost['seconds']:.0f} s{more}", share])
         rows[-1].append(f"{cost['stored_bytes']:,}")
     for row, name in zip(rows, (OURS, *result["trained"]), strict=True):
-        row += [f"{result['peak_rss_mb'][name]:.0f} MB", percent(result["win_rate"][name])]
-    head = ["", "to learn", "ours over it", "bytes stored", "peak memory so far", f"win rate on {result['prompts']} prompts"]
+        row.append(f"{result['peak_rss_mb'][name]:.0f} MB")
+        if "win_rate" in result:
+            row.append(percent(result["win_rate"][name]))
+    head = ["", "to learn", "ours over it", "bytes stored", "peak memory so far"]
+    head += [f"win rate on {result['prompts']} prompts"] if "win_rate" in result else []
     said = f"Beside what trains through the base, on {result['pairs']} pairs of one user ({result['user']}):"
     return f"{said}\n\n{table(head, rows)}\n\n{source(result)}"

@@ -3,9 +3,9 @@
     python bench/training_time.py --save              # theirs take minutes on two cores; kept when done
     python bench/training_time.py --steps 4 --save    # their time extrapolated, and marked so
 
-Theirs (`lora_dpo.py`) train in the faster of bfloat16 and float32 here, and their loading time is left out while ours is
-counted; ours is timed before, between and after them. All answers come from one PyTorch engine; the LoRA is merged into
-its weights. Peak memory is that of the process so far, so theirs are not below ours.
+Theirs (`lora_dpo.py`) train in the faster of bfloat16 and float32 here, and their loading time is left out while ours
+is counted; ours is timed before, between and after them. All answers come from one PyTorch engine; the LoRA is merged
+into its weights. Peak memory is that of the process so far, so theirs are not below ours.
 """
 
 from __future__ import annotations
@@ -92,9 +92,10 @@ def compare(bench: Bench, encoder: Any, adapters: dict[str, dict[str, torch.Tens
     unseen = list(prompts("test")[: args.prompts])
     model, seed = bench.reference, args.seed + SEED
 
-    def texts(name: str, vectors: np.ndarray | None = None, *, depends: str = "", before: Sequence[int] = ()) -> list[str]:
-        kept = bench.keep(f"training-{name}", unseen, args.max_tokens, seed, str(model.dtype), depends)
-        options = {"max_tokens": args.max_tokens, "seed": seed, "kept": kept, "label": name, "before": before}
+    def texts(name: str, vectors: np.ndarray | None = None, **more: Any) -> list[str]:
+        """depends: names what was trained; before: tokens ahead of every prompt."""
+        kept = bench.keep(f"training-{name}", unseen, args.max_tokens, seed, str(model.dtype), more.pop("depends", ""))
+        options = {"max_tokens": args.max_tokens, "seed": seed, "kept": kept, "label": name, **more}
         made: list[Answer] = sample_rows(bench, model, unseen, vectors, **options)
         return [answer.text for answer in made]
 

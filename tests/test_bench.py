@@ -52,6 +52,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
     names = (
         "bipo",
         "common",
+        "energy",
         "latent_dpo_vs_logistic",
         "nulls",
         "report",
@@ -422,6 +423,25 @@ def test_a_saved_document_never_replaces_another(
     found = {path.name: json.loads(path.read_text())["value"] for path in tmp_path.iterdir()}
     assert found == {"x-2026-01-02-abc.json": 0.5, "x-2026-01-02-abc-2.json": 2}
     assert [json.loads(line)["value"] for line in capsys.readouterr().out.splitlines()] == [0.5, 2]
+
+
+def test_energy_is_summed_over_packages_and_a_counter_may_begin_again(
+    bench: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    counters = {"intel-rapl:0": 900, "intel-rapl:1": 100, "intel-rapl:0:0": 7, "intel-rapl:2": "none"}
+    for name, value in counters.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("999\n")
+
+    def work() -> None:
+        (tmp_path / "intel-rapl:0" / "energy_uj").write_text("50\n")  # 150 further, past 999
+        (tmp_path / "intel-rapl:1" / "energy_uj").write_text("350\n")
+
+    found = bench["energy"].zones(tmp_path)
+    assert [zone.path.name for zone in found] == ["intel-rapl:0", "intel-rapl:1"]
+    assert bench["energy"].joules(work, found) == pytest.approx(400e-6)
+    assert bench["energy"].zones(tmp_path / "nothing") == []
 
 
 def test_a_result_that_json_cannot_hold_is_an_error(bench: dict[str, ModuleType]) -> None:
