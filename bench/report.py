@@ -273,7 +273,10 @@ def page(results: Results) -> str:
         "# Benchmarks\n\nMade by `bench/report.py` from [bench/results](../bench/results/); what each script measures, "
         "and how, is in [bench/README.md](../bench/README.md). Users are simulated: a judge program stands for a taste."
     )
-    parts = [f"## {title}\n\n{section(results)}" for title, section in SECTIONS]
+    parts = []
+    for title, section in SECTIONS:
+        with suppress(LookupError):  # nothing was measured yet
+            parts.append(f"## {title}\n\n{section(results)}")
     plots = "![Win rates of eight users, with random directions beside](plots/quality.svg)\n\n"
     plots += "![Win rate over NLL of every way that was measured](plots/arms.svg)"
     return "\n\n".join([head, plots, *parts]) + "\n"

@@ -26,10 +26,9 @@ def ptuning(results: Results) -> str:
 
 def _trained(results: Results, method: str, said: str) -> str:
     """A method that trains through the base, tuned on validation people, beside ours by user."""
-
     result = tried_of(results, method)
-    tuned = results.newest("lora", where=lambda r: r.get("method", LORA) == method and r["tuning"])
-    rows, settings = result["rows"], result.get("settings", result.get("lora", {}))
+    tuned = results.newest("lora", where=lambda r: r["method"] == method and r["tuning"])
+    rows, settings = result["rows"], result["settings"]
     arms = [arm for arm in (method, AT_KL, OURS) if any(row["arm"] == arm for row in rows)]
     by = {(row["arm"], row["pairs"], row["user"]): row for row in rows}
     body = []
@@ -39,19 +38,19 @@ def _trained(results: Results, method: str, said: str) -> str:
             body.append(_beside(name.replace("_", " "), pairs, [by.get((arm, pairs, name)) for arm in arms]))
         shared = [name for name in users if all((arm, pairs, name) in by for arm in arms)]
         every = [[by[arm, pairs, name] for name in shared] for arm in arms]
-        means = [{key: mean(row[key] for row in of_arm) for key in (*_COMPARED, "seconds")} for of_arm in every]
+        means = [{key: mean(row[key] for row in of_arm) for key in _COMPARED} for of_arm in every]
         body.append(_beside("**mean**" if shared == users else "**mean of those with all arms**", pairs, means))
     what = ("win rate: ", "NLL: ", "distinct-2: ")
     head = ["user", "pairs", *(f"{name}{SHORT[arm]}" for name in what for arm in arms)]
     tried = ", ".join(
         f"{row['learning_rate']:g}: {percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in tuned["tuning"]
     )
-    tuners = tuned["options"].get("tuners", "casual,formal,hedged,assertive").split(",")
+    tuners = tuned["options"]["tuners"].split(",")
     stored = [mean(row["stored_bytes"] for row in rows if row["arm"] == arm) for arm in (method, OURS)]
     said += (
         f" Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine; beta "
         f"{settings['beta']}, {settings['epochs']} epochs. The learning rate did best on {len(tuners)} validation "
-        f"people among those within 1.25 x the base's NLL ({tried}; {tuned['tuning_sec'] / 60:.0f} minutes): "
+        f"people among those within 1.25 x the base's NLL ({tried}): "
         f"{settings['learning_rate']:g}. Trained on "
         f"{', '.join(sorted({row['trained_on'] for row in rows if row['arm'] != OURS}))}. "
         f"Stored: {stored[0]:,.0f} bytes a person, ours {stored[1]:,.0f}."
@@ -62,8 +61,7 @@ def _trained(results: Results, method: str, said: str) -> str:
         if " less " in name
     )
     files = "\n\n".join(source(one) for one in ([result] if tuned is result else [result, tuned]))
-    body_table = table([*head, f"seconds: {SHORT[method]}", "ours"], body)
-    return f"{said}\n\n{body_table}\n\nBy prompt, with the number of pairs: {gains}.\n\n{files}"
+    return f"{said}\n\n{table(head, body)}\n\nBy prompt, with the number of pairs: {gains}.\n\n{files}"
 
 
 _COMPARED = ("win_rate", "nll_ratio", "distinct2_ratio")
@@ -72,13 +70,12 @@ _COMPARED = ("win_rate", "nll_ratio", "distinct2_ratio")
 def _beside(name: str, pairs: int, arms: Sequence[Result | None]) -> list[str]:
     """A row; an arm that a user has not has empty cells."""
     cells = [name, str(pairs), *("" if row is None else percent(row["win_rate"]) for row in arms)]
-    cells += ["" if row is None else f"{row[key]:.2f} x" for key in _COMPARED[1:] for row in arms]
-    return [*cells, *("" if row is None else f"{row['seconds']:.1f}" for row in (arms[0], arms[-1]))]
+    return cells + ["" if row is None else f"{row[key]:.2f} x" for key in _COMPARED[1:] for row in arms]
 
 
 def tried_of(results: Results, method: str) -> Result:
     """The newest comparison of a method with ours."""
-    return results.newest("lora", where=lambda r: r.get("method", LORA) == method)
+    return results.newest("lora", where=lambda r: r["method"] == method)
 
 
 def training_time(results: Results) -> str:
