@@ -288,9 +288,6 @@ def readme_table(results: Results) -> str:
     speed, onnx = results.newest("latency"), results.newest("onnx_latency")
     drawn = results.newest("nulls", where=lambda r: "directions" in r)
     (other, *_), others = arms_of(results, SIZES[0])
-    tuned = tried_of(results, LORA)
-    pairs = max(row["pairs"] for row in tuned["rows"])
-    beside = [tuned["summary"][f"pairs_{pairs}"][arm] for arm in ("LoRA-DPO", OURS)]
     cost = lora["trained"][LORA]
     dtype = "bf16" if time["machine"]["bf16"] else "fp32"
 
@@ -318,11 +315,7 @@ def readme_table(results: Results) -> str:
                 f"LoRA-DPO on {lora['pairs']} pairs (r{cost['rank']}, {cost['epochs']} epochs); all of ours over it",
                 f"{cost['seconds']:.0f} s; {lora['ours_over_it'][LORA]:.4f}",
             ],
-            [
-                f"a tuned LoRA-DPO and ours{earlier(tuned)} from {pairs} pairs, the same users: win rate, "
-                "NLL times the base's",
-                ", ".join(f"{percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in beside),
-            ],
+            *beside_lora(results),
             [
                 f"{found['prompts']} unseen prompts: the judge prefers the personal answer, 100 pairs, mean (lowest) "
                 f"of {users} users{earlier(found)}",
@@ -359,6 +352,20 @@ def readme_table(results: Results) -> str:
             ["memory of `generate`", f"{speed['memory']['peak_rss_mb']:.0f} MB"],
         ],
     )
+
+
+def beside_lora(results: Results) -> list[list[str]]:
+    """The README's row on a LoRA's answers, once there is a result."""
+    try:
+        result = tried_of(results, LORA)
+    except LookupError:
+        return []
+    pairs = max(row["pairs"] for row in result["rows"])
+    found = result["summary"][f"pairs_{pairs}"]
+    arms = [found[arm] for arm in (LORA, AT_KL, OURS) if arm in found]
+    said = ", ".join(f"{percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in arms)
+    names = "a tuned LoRA-DPO, the same at our KL, and ours" if len(arms) == 3 else "a tuned LoRA-DPO and ours"
+    return [[f"{names}{earlier(result)} from {pairs} pairs: win rate, NLL times the base's", said]]
 
 
 def with_table(readme: str, rows: str) -> str:
@@ -423,11 +430,11 @@ def draw_arms(results: Results) -> None:
 
     _, found = arms_of(results, SIZES[0])
     arms = {name: rows for name, rows in found.items() if name != OURS}
-    for name in (LORA, AT_KL):
-        own = [row for row in tried_of(results, LORA)["rows"] if row["arm"] == name and row["pairs"] == SIZES[0]]
-        arms |= {name: own} if own else {}
-    with suppress(LookupError):
-        arms[PTUNING] = [row for row in tried_of(results, PTUNING)["rows"] if row["arm"] == PTUNING]
+    for method, names in ((LORA, (LORA, AT_KL)), (PTUNING, (PTUNING,))):
+        with suppress(LookupError):
+            tried = [row for row in tried_of(results, method)["rows"] if row["pairs"] == SIZES[0]]
+            arms |= {name: [row for row in tried if row["arm"] == name] for name in names}
+    arms = {name: rows for name, rows in arms.items() if rows}
     arms[OURS] = quality_of(results, SIZES[0])[1]
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     for i, (name, rows) in enumerate(arms.items()):
