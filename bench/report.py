@@ -229,27 +229,42 @@ def gate(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def learnt_in(results: Results) -> list[Result]:
+    """The newest result on a processor that multiplies bfloat16, and on one that does not."""
+    found = []
+    for bf16 in (True, False):
+        with suppress(LookupError):
+            found.append(results.newest("personalize_time", where=lambda r, b=bf16: r["machine"]["bf16"] == b))
+    return found
+
+
+def own_dtype(result: Result) -> Result:
+    """The seconds of the dtype that `personalize` takes there."""
+    return dict(result["warm_sec"]["bf16" if result["machine"]["bf16"] else "fp32"])
+
+
 def learning(results: Results) -> str:
-    result = results.newest("personalize_time")
-    rows = [
-        [
-            dtype,
-            *(f"{found[stage]:.2f} s" for stage in ("encode", "fit", "sum", "floor")),
-            f"{found['sum_over_floor']:.2f} x",
-            f"{found['check']:.2f} s",
+    parts = []
+    for result in learnt_in(results):
+        rows = [
+            [
+                dtype,
+                *(f"{found[stage]:.2f} s" for stage in ("encode", "fit", "sum", "floor")),
+                f"{found['sum_over_floor']:.2f} x",
+                f"{found['check']:.2f} s",
+            ]
+            for dtype, found in result["warm_sec"].items()
+            if result["machine"]["bf16"] or dtype == "fp32"
         ]
-        for dtype, found in result["warm_sec"].items()
-    ]
-    text = table(
-        ["dtype", "encode", "fit", "encode + fit + calibrate", "matrix products alone", "over them", "fluency check"],
-        rows,
-    )
-    said = (
-        f"{result['pairs']} pairs, {result['answers']} answers of {result['mean_tokens']:.0f} tokens; the whole "
-        f"command from a cold start {result['cold_sec']:.1f} s. A profile takes {result['profile_bytes']['constant']} "
-        f"bytes, {result['profile_bytes']['head']} with the prompt-dependent head."
-    )
-    return f"{said}\n\n{text}\n\n{source(result)}\n\n{training_time(results)}"
+        head = ["dtype", "encode", "fit", "encode + fit + calibrate", "matrix products alone", "over them"]
+        said = (
+            f"{result['pairs']} pairs, {result['answers']} answers of {result['mean_tokens']:.0f} tokens; the whole "
+            f"command from a cold start {result['cold_sec']:.1f} s. A profile takes "
+            f"{result['profile_bytes']['constant']} bytes, {result['profile_bytes']['head']} with the prompt-dependent "
+            "head."
+        )
+        parts.append(f"{said}\n\n{table([*head, 'fluency check'], rows)}\n\n{source(result)}")
+    return "\n\n".join([*parts, training_time(results)])
 
 
 SECTIONS = (
@@ -289,7 +304,11 @@ def readme_table(results: Results) -> str:
     drawn = results.newest("nulls", where=lambda r: "directions" in r)
     (other, *_), others = arms_of(results, SIZES[0])
     cost = lora["trained"][LORA]
-    dtype = "bf16" if time["machine"]["bf16"] else "fp32"
+    times = [
+        f"{own_dtype(one)['sum']:.1f} s; {own_dtype(one)['check']:.1f} s "
+        f"({'with' if one['machine']['bf16'] else 'without'} bfloat16)"
+        for one in learnt_in(results)
+    ]
 
     def won(size: int) -> str:
         result, rows = quality_of(results, size)
@@ -309,7 +328,7 @@ def readme_table(results: Results) -> str:
         [
             [
                 f"learning from {time['pairs']} pairs: encode, fit, calibrate; then the check of fluency",
-                f"{time['warm_sec'][dtype]['sum']:.1f} s; {time['warm_sec'][dtype]['check']:.1f} s",
+                " or ".join(times),
             ],
             [
                 f"LoRA-DPO on {lora['pairs']} pairs (r{cost['rank']}, {cost['epochs']} epochs); all of ours over it",
