@@ -331,8 +331,11 @@ def readme_table(results: Results) -> str:
                 " or ".join(times),
             ],
             [
-                f"LoRA-DPO on {lora['pairs']} pairs (r{cost['rank']}, {cost['epochs']} epochs); all of ours over it",
-                f"{cost['seconds']:.0f} s; {lora['ours_over_it'][LORA]:.4f}",
+                f"ours, check included, over LoRA-DPO on the same {lora['pairs']} pairs (r{cost['rank']}, "
+                f"{cost['epochs']} epochs)",
+                f"{percent(lora['ours_over_it'][LORA], 1)} of {cost['seconds']:.0f} s"
+                + (" (extrapolated)" if cost["extrapolated"] else "")
+                + f" ({cost['dtype']})",
             ],
             *beside_lora(results),
             [
