@@ -62,7 +62,8 @@ def run(bench: Bench) -> dict[str, Any]:
         args.prompts, args.max_tokens, args.pairs = 2, 8, 8
     questions, answers = train_answers(bench)
     unseen = list(prompts(args.set)[: args.prompts])
-    second, probe = other_judges(), sampled_probe(bench.backend, seed=SEED)
+    sizes = {"answers": 2, "tokens": 8} if args.quick else {}
+    second, probe = other_judges(), sampled_probe(bench.backend, seed=SEED, **sizes)
     rows = []
     for who in chosen_users(args.users):
         cap = answer_cap(bench, who)
