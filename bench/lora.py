@@ -36,10 +36,10 @@ from common import (
     train_answers,
     users_pairs,
 )
-from lora_dpo import build_hf, LoRA, merged, preceded, PTuning, tokenized, train
+from lora_dpo import applied, build_hf, kept_training, LoRA, merged, PTuning, tokenized, train
 from quality import answer_cap, judged, other_judges
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from edge_align.kl import measured_kl, open_probe, Probe, sampled_probe, search_factor
 from edge_align.records import PreferencePair, SteeringVectors
@@ -125,26 +125,20 @@ class Trainer:
         texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
         named = [*asdict(settings).values(), bench.args.dtype, bench.args.seed, bench.args.train_tokens]
         kept = bench.keep("trained", type(settings).__name__, named, texts)
-        path = kept.path.with_suffix(".safetensors")
-        if not (kept.rows and path.is_file()):
+
+        def work() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             rows = tokenized(bench, pairs, most=bench.args.train_tokens)
-            cost, parts = train(self.base, rows, settings, dtype=bench.args.dtype, seed=bench.args.seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: part.contiguous() for name, part in parts.items()}, path)
-            kept.add(cost)
-        return Adapter(kept.rows[-1], path)
+            return train(self.base, rows, settings, dtype=bench.args.dtype, seed=bench.args.seed)
+
+        return Adapter(*kept_training(kept, work))
 
     def adapted(self, who: User, adapter: Adapter, unseen: Sequence[str], cap: int, strength: float) -> list[Answer]:
-        """Answers with `strength` times the adapter merged in."""
+        """Answers with the adapter applied at this strength."""
         bench, questions, seed = self.bench, list(unseen), self.bench.args.seed + SEED
         kept = bench.keep("adapted", adapter.path.name, questions, cap, seed, strength)
         named = {"max_tokens": cap, "seed": seed, "kept": kept, "label": f"{who.name}: {self.name} x {strength:.2f}"}
-        parts = load_file(adapter.path)
-        if "before" in parts:
-            with preceded(bench.reference, parts["before"]) as ids:
-                return sample_rows(bench, bench.reference, questions, None, before=ids, **named)
-        with merged(bench.reference, parts, strength=strength) as model:
-            return sample_rows(bench, model, questions, None, **named)
+        with applied(bench.reference, load_file(adapter.path), strength=strength) as ids:
+            return sample_rows(bench, bench.reference, questions, None, before=ids, **named)
 
     @cached_property
     def probe(self) -> Probe:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Bench, progress, timed
+from common import Bench, Kept, progress, timed
+from safetensors.torch import save_file
 
 from edge_align.errors import BackendUnavailable, EdgeAlignError
 from edge_align.records import PreferencePair
@@ -95,6 +97,30 @@ def preceded(model: LlamaReference, before: torch.Tensor) -> Iterator[list[int]]
         yield list(range(first, first + len(before)))
     finally:
         model._embedding = untouched
+
+
+@contextmanager
+def applied(model: LlamaReference, adapter: dict[str, torch.Tensor], *, strength: float = 1.0) -> Iterator[list[int]]:
+    """The reference with what was trained; the tokens that then come before every prompt. strength: of a LoRA."""
+    if "before" in adapter:
+        with preceded(model, adapter["before"]) as ids:
+            yield ids
+    else:
+        with merged(model, adapter, strength=strength):
+            yield []
+
+
+def kept_training(
+    kept: Kept, work: Callable[[], tuple[dict[str, Any], dict[str, torch.Tensor]]]
+) -> tuple[dict[str, Any], Path]:
+    """What `work` says of a training, and the file of the adapter it gives; done once."""
+    path = kept.path.with_suffix(".safetensors")
+    if not (kept.rows and path.is_file()):
+        cost, adapter = work()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: part.contiguous() for name, part in adapter.items()}, path)
+        kept.add(cost)
+    return kept.rows[-1], path
 
 
 def interleave(w: torch.Tensor, heads: int) -> torch.Tensor:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from report_cost import contention, latency, scale, serving
-from report_parts import earlier, mean, OURS, percent, Result, Results, ROOT, source, table
+from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table
 from report_trained import AT_KL, LORA, lora, PTUNING, ptuning, training_time, tried_of
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -233,7 +233,7 @@ def learnt_in(results: Results) -> list[Result]:
     """The newest result on a processor that multiplies bfloat16, and on one that does not."""
     found = []
     for bf16 in (True, False):
-        with suppress(LookupError):
+        with suppress(NoResult):
             found.append(results.newest("personalize_time", where=lambda r, b=bf16: r["machine"]["bf16"] == b))
     return found
 
@@ -282,6 +282,9 @@ SECTIONS = (
     ("The server", serving),
 )
 
+UNMEASURED = (lora, ptuning)
+"""Sections that are left out while they have no result; any other one must have its own."""
+
 
 def page(results: Results) -> str:
     head = (
@@ -290,7 +293,7 @@ def page(results: Results) -> str:
     )
     parts = []
     for title, section in SECTIONS:
-        with suppress(LookupError):  # nothing was measured yet
+        with suppress(NoResult) if section in UNMEASURED else nullcontext():
             parts.append(f"## {title}\n\n{section(results)}")
     plots = "![Win rates of eight users, with random directions beside](plots/quality.svg)\n\n"
     plots += "![Win rate over NLL of every way that was measured](plots/arms.svg)"
@@ -380,7 +383,7 @@ def beside_lora(results: Results) -> list[list[str]]:
     """The README's row on a LoRA's answers, once there is a result."""
     try:
         result = tried_of(results, LORA)
-    except LookupError:
+    except NoResult:
         return []
     pairs = max(row["pairs"] for row in result["rows"])
     found = result["summary"][f"pairs_{pairs}"]
@@ -453,7 +456,7 @@ def draw_arms(results: Results) -> None:
     _, found = arms_of(results, SIZES[0])
     arms = {name: rows for name, rows in found.items() if name != OURS}
     for method, names in ((LORA, (LORA, AT_KL)), (PTUNING, (PTUNING,))):
-        with suppress(LookupError):
+        with suppress(NoResult):
             tried = [row for row in tried_of(results, method)["rows"] if row["pairs"] == SIZES[0]]
             arms |= {name: [row for row in tried if row["arm"] == name] for name in names}
     arms = {name: rows for name, rows in arms.items() if rows}

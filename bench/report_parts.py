@@ -15,6 +15,10 @@ Result = dict[str, Any]
 OURS = "edge-align"  # the arm
 
 
+class NoResult(LookupError):
+    """Nothing of this kind has been measured yet."""
+
+
 class Results:
     """The documents of bench/results, oldest first. `used`: those that were asked for."""
 
@@ -23,11 +27,11 @@ class Results:
         self._all: list[Result] = sorted(found, key=lambda result: (result["date"], result["file"]))
 
     def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True) -> Result:
-        """Raises LookupError when there is none."""
+        """Raises NoResult when there is none."""
         for result in reversed(self._all):
             if result["script"] == script and not result["options"].get("quick") and where(result):
                 return result
-        raise LookupError(f"no result of {script}.py under {RESULTS}")
+        raise NoResult(f"no result of {script}.py under {RESULTS}")
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -31,9 +31,9 @@ from common import (
     steering_rows,
     timed,
 )
-from lora_dpo import build_hf, fastest_dtype, LoRA, merged, preceded, PTuning, tokenized, train
+from lora_dpo import applied, build_hf, fastest_dtype, kept_training, LoRA, PTuning, tokenized, train
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from edge_align.config import PersonalizeConfig
 from edge_align.records import PreferencePair
@@ -104,12 +104,8 @@ def compare(bench: Bench, encoder: Any, adapters: dict[str, dict[str, torch.Tens
     made = {OURS: texts(OURS, arrays, depends=digest(arrays))}
     for name, adapter in adapters.items():
         depends = digest(*[part.numpy() for part in adapter.values()])
-        if "before" in adapter:
-            with preceded(model, adapter["before"]) as ids:
-                made[name] = texts(name, depends=depends, before=ids)
-        else:
-            with merged(model, adapter):
-                made[name] = texts(name, depends=depends)
+        with applied(model, adapter) as ids:
+            made[name] = texts(name, depends=depends, before=ids)
     won = {name: wins(who.judge, of_arm, base) for name, of_arm in made.items()}
     return {
         "prompts": len(unseen),
@@ -126,16 +122,15 @@ def train_other(
     args = bench.args
     options = [type(settings).__name__, *asdict(settings).values(), args.steps, args.dtype, args.seed, args.threads]
     texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
-    report = bench.keep("trained-time", options, texts)
-    path = report.path.with_suffix(".safetensors")
-    if not (report.rows and path.is_file()):
+
+    def work() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         rows, base = tokenized(bench, pairs), build_hf(bench)
         dtype, tried = fastest_dtype(base, rows, settings, args.dtype)
         row, adapter = train(base, rows, settings, dtype=dtype, seed=args.seed, steps=args.steps)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: part.contiguous() for name, part in adapter.items()}, path)
-        report.add(row | {"probe_sec": tried} | asdict(settings))
-    return report.rows[-1], load_file(path)
+        return row | {"probe_sec": tried} | asdict(settings), adapter
+
+    cost, path = kept_training(bench.keep("trained-time", options, texts), work)
+    return cost, load_file(path)
 
 
 if __name__ == "__main__":
