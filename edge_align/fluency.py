@@ -8,7 +8,7 @@ Nor does it tell a change of a few words' odds, which makes answers alike, from 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import sqrt
+from math import log, sqrt
 
 import numpy as np
 
@@ -24,6 +24,9 @@ TOKENS = 32  # of each; what goes wrong goes wrong early
 CONTEXT = 512  # tokens a prompt and its answer may take
 ROUNDS = 3  # of lowering the factor, each of new samples
 READ_ROUNDS = 6  # where nothing is sampled; one or two are usual
+AIM = 0.98  # of what collisions may rise by: at the limit itself every other reading would be over it
+STEP = (0.3, 0.98)  # of the factor, least and most
+POWER = (1.0, 4.0)
 
 Tell = Callable[[float], None]
 
@@ -82,14 +85,19 @@ def collision(backend: Scoring, answers: Sequence[Sequence[int]], vectors: Steer
 def varied_factor(backend: Scoring, vectors: SteeringVectors, base: BaseSample, *, limit: float) -> tuple[float, float]:
     """The factor of `vectors`, at most 1, at which words collide at most `limit` times as often; the ratio there.
 
-    What is over 1 rises about with the factor's square. After READ_ROUNDS steps the ratio may still be over the limit.
+    What is over 1 rises about with a power of the factor: its square at first, then the power between the last two
+    readings. After READ_ROUNDS steps the ratio may still be over the limit.
     """
     factor, ratio = 1.0, collision(backend, base.answers, vectors) / base.collision
+    power = 2.0
     for _ in range(READ_ROUNDS):
         if ratio <= limit:
             break
-        factor *= min(0.95, max(0.3, sqrt((limit - 1.0) / (ratio - 1.0))))
+        step = float(np.clip((AIM * (limit - 1.0) / (ratio - 1.0)) ** (1 / power), *STEP))
+        before, factor = ratio - 1.0, factor * step
         ratio = collision(backend, base.answers, vectors.scaled(factor)) / base.collision
+        if ratio > limit:
+            power = float(np.clip(log(before / (ratio - 1.0)) / -log(step), *POWER))
     return factor, ratio
 
 

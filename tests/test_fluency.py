@@ -97,6 +97,26 @@ def test_a_profile_that_says_the_same_words_is_weakened_to_the_limit(strength):
     assert ratio <= 1.3 and (factor == 1.0 if strength < 1.22 else 0.3 < strength * factor <= 1.2257)
 
 
+class Steadier(Narrower):
+    """Odds of the first token that make collisions rise in proportion to the strength: q (1 - q) = (1 - s) / 4."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    def score_many(self, rendered, answers, *, vectors):
+        self.readings += 1
+        root = float(np.sqrt(vectors.array.max()))
+        for tokens in answers:
+            yield np.tile(np.log(np.array([[1 + root, 1 - root]], np.float32)), (len(tokens), 1))
+
+
+def test_where_collisions_rise_slower_than_the_square_three_readings_are_enough():
+    """Collisions are .5 (1 + s): a strength of .2 is at the limit of 1.2. Steps by the square alone take seven."""
+    steadier = Steadier()
+    factor, ratio = varied_factor(steadier, steering(0.6), BaseSample(((0, 1),), 1.0, 0.5), limit=1.2)
+    assert steadier.readings == 3 and 0.19 < 0.6 * factor <= 0.2 and ratio == pytest.approx(1 + 0.6 * factor)
+
+
 def test_the_base_is_held_against_itself():
     own = sample_base(Noisier(), draws=2)
     assert own.answers == ((0,) * TOKENS,) * ANSWERS
