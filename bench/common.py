@@ -45,7 +45,7 @@ from edge_align.records import FeedbackRow, PreferencePair, Prompt, Rating, Stee
 from edge_align.registry import find_pack  # noqa: E402
 from edge_align.runtime.llamacpp import LlamaCppBackend  # noqa: E402
 from edge_align.simulation.prompts import prompts  # noqa: E402
-from edge_align.simulation.users import make_pairs, User, user, USERS  # noqa: E402
+from edge_align.simulation.users import GROUPS, make_pairs, User, user, USERS  # noqa: E402
 from edge_align_export.passes import open_passes, Passes  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -418,7 +418,9 @@ def nll_under_base(bench: Bench, questions: Sequence[str], answers: Sequence[Ans
 
 # -- users ---------------------------------------------------------------------------------------------------------
 def chosen_users(names: str | None) -> list[User]:
-    """Users by comma-separated names; all eight without any."""
+    """Users by comma-separated names, or a group of them by its own; the eight attributes without any."""
+    if names in GROUPS:
+        return list(GROUPS[names])
     return [user(name) for name in names.split(",")] if names else list(USERS)
 
 

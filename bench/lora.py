@@ -278,7 +278,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     p = parser("LoRA-DPO, tuned on validation people, against edge-align on the same pairs.")
     p.add_argument("--method", choices=tuple(METHODS), default="lora")
-    p.add_argument("--users", metavar="A,B", help="default: all eight")
+    p.add_argument(
+        "--users", metavar="A,B|GROUP", help="default: the eight attributes; groups: attributes, combined, validation"
+    )
     p.add_argument("--sizes", default="20,100,200", help="pairs learnt from")
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
     p.add_argument("--tune-prompts", type=int, default=64, help="validation prompts")

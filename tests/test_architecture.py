@@ -54,6 +54,7 @@ edge_align.simulation.lexicon
 edge_align.simulation.topics
 edge_align.simulation.prompts
 edge_align.simulation.judges
+edge_align.simulation.combinations
 edge_align.simulation.users
 edge_align.simulation.foreign
 edge_align.pack

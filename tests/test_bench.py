@@ -56,6 +56,8 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "latent_dpo_vs_logistic",
         "nulls",
         "report",
+        "report_plots",
+        "report_quality",
         "scale",
         "serving",
         "serving_learning",
@@ -492,3 +494,31 @@ def test_the_report_follows_the_newest_result_that_holds_a_figure(tmp_path: Path
         report.with_table("a README without markers", "")
     with pytest.raises(LookupError, match="no result of dreams"):
         results.newest("dreams")
+
+
+def test_a_learning_curve_and_people_of_three_tastes_get_their_sections(
+    tmp_path: Path, bench: dict[str, ModuleType]
+) -> None:
+    """From a result of five sizes; the table of the eight attributes does not take the other people's result."""
+    report, quality = bench["report"], bench["report_quality"]
+    before = report.Results()
+    result, rows = quality.quality_of(before, 100)
+    sizes = {10: 0.5, 20: 0.6, 50: 0.7, 100: 0.8, 200: 0.9}
+    grown = [row | {"pairs": size, "win_rate": rate} for size, rate in sizes.items() for row in rows]
+    five = result | {"date": "2999-01-01T00:00:00Z", "users": grown}
+    odd = [row | {"user": f"odd_{i}", "win_rate": 0.125} for i, row in enumerate(rows)]
+    combined = result | {"date": "2999-01-02T00:00:00Z", "users": odd}
+    combined |= {"options": result["options"] | {"users": "combined"}}
+    with pytest.raises(LookupError):
+        quality.quality_of(report.Results(tmp_path), 100)
+    for path in (report.ROOT / "bench" / "results").glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    for name, document in (("five", five), ("combined", combined)):
+        (tmp_path / f"quality-{name}.json").write_text(json.dumps(document))
+    results = report.Results(tmp_path)
+    assert quality.quality_of(results, 100)[0]["file"] == "quality-five.json"
+    page = report.page(results)
+    assert "| **mean** | 50.0 % | 60.0 % | 70.0 % | 80.0 % | 90.0 % |" in page
+    assert "odd 0 | 12 %" in page and "odd 0" not in page[: page.index("Tastes of three parts")]
+    bench["report_plots"].draw_curves(results, tmp_path)
+    assert "<svg" in (tmp_path / "curves.svg").read_text()

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_align.errors import InputError
-from edge_align.simulation import judges
+from edge_align.simulation import combinations, judges
 from edge_align.simulation.foreign import foreign_pairs
 from edge_align.simulation.lexicon import NEGATIVE, POSITIVE
 from edge_align.simulation.prompts import compare_prompts, MATERIAL, prompts, PromptSet
 from edge_align.simulation.users import (
     bootstrap_interval,
+    COMBINED_USERS,
     make_pairs,
     MORE_USERS,
     pair_lines,
@@ -161,7 +162,7 @@ def test_judges_give_the_numbers_counted_by_hand(judge: judges.Judge, text: str,
     assert judge(text) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("known", [*USERS, *MORE_USERS], ids=lambda known: known.name)
+@pytest.mark.parametrize("known", [*USERS, *MORE_USERS, *COMBINED_USERS], ids=lambda known: known.name)
 @pytest.mark.parametrize("text", ["", "  \n", "?!", "\U0001f600", "- \n- "])
 def test_an_answer_without_a_word_is_worse_than_any_answer_to_everybody(known: User, text: str) -> None:
     assert known.judge(text) == judges.EMPTY
@@ -245,6 +246,30 @@ def test_the_eight_users_stand_in_the_order_they_are_reported() -> None:
     assert user("short").max_tokens == 256
     with pytest.raises(InputError, match="no user 'grumpy'"):
         user("grumpy")
+
+
+def test_people_of_three_tastes_add_up_what_is_counted_in_its_own_spread() -> None:
+    """By hand: 4 words of 2.75 letters in the mean, nothing cheerful or casual; then 2 words, 1 cheerful, 1 casual."""
+    dull, warm = "Stop now it is", "great stuff"
+    assert judges.casual(warm) == 50.0 and judges.positive(warm) == pytest.approx(100 / 22)
+    friendly = (50.0 / 3.4 + 100 / 22 / 2.6) / 2**0.5
+    expected = {
+        "elementary_concise_friendly": (-2.75 / 0.49 - 2 / 1.15, -5 / 0.49 - 1 / 1.15 + friendly),
+        "expert_concise_unfriendly": (2.75 / 0.49 - 2 / 1.15, 5 / 0.49 - 1 / 1.15 - friendly),
+        "elementary_informative_unfriendly": (-2.75 / 0.49 + 2 / 1.15, -5 / 0.49 + 1 / 1.15 - friendly),
+    }
+    for name, values in expected.items():
+        assert (user(name).judge(dull), user(name).judge(warm)) == pytest.approx(values)
+
+
+def test_the_eight_people_of_three_tastes_are_all_combinations_and_each_has_an_opposite() -> None:
+    names = [known.name for known in COMBINED_USERS]
+    assert len(set(names)) == 8 and names[0] == "elementary_concise_friendly"
+    assert all(known.max_tokens == 256 for known in COMBINED_USERS)
+    other = {a: b for _, kinds in combinations.DIMENSIONS for a, b in (list(kinds), list(kinds)[::-1])}
+    for known in COMBINED_USERS:
+        opposite = user("_".join(other[kind] for kind in known.name.split("_")))
+        assert opposite.judge("A fine day, isn't it?") == -known.judge("A fine day, isn't it?")
 
 
 answer_tables = st.lists(st.lists(st.text(alphabet="ab ", max_size=5), max_size=4), min_size=1, max_size=8)

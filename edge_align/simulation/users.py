@@ -10,6 +10,7 @@ from typing import Literal, TYPE_CHECKING
 from edge_align.errors import InputError
 from edge_align.records import PreferencePair, user_prompt
 from edge_align.simulation import judges
+from edge_align.simulation.combinations import combined, PEOPLE
 from edge_align.simulation.judges import Judge
 
 if TYPE_CHECKING:
@@ -57,12 +58,22 @@ MORE_USERS: tuple[User, ...] = (
 """People by whom choices are made (validation); no claim is made of them."""
 
 
+COMBINED_USERS: tuple[User, ...] = tuple(
+    User("_".join(kinds), combined(kinds), f"likes {kinds[0]}, {kinds[1]} and {kinds[2]} answers", max_tokens=256)
+    for kinds in PEOPLE
+)
+"""The eight people of Personalized Soups, whose tastes have three parts (`simulation.combinations`)."""
+
+GROUPS = {"attributes": USERS, "combined": COMBINED_USERS, "validation": MORE_USERS}
+
+
 def user(name: str) -> User:
     """The user of that name. Raises InputError for an unknown one."""
-    for known in (*USERS, *MORE_USERS):
+    everybody = [known for group in GROUPS.values() for known in group]
+    for known in everybody:
         if known.name == name:
             return known
-    raise InputError(f"no user {name!r}; the users are {', '.join(u.name for u in (*USERS, *MORE_USERS))}")
+    raise InputError(f"no user {name!r}; the users are {', '.join(known.name for known in everybody)}")
 
 
 def make_pairs(
