@@ -134,6 +134,7 @@ edge_align_export.metric
 edge_align_export.passes
 edge_align_export.texts
 edge_align_export.measure
+edge_align_export.hooked
 edge_align_export.clap_loss
 edge_align_export.clap
 edge_align_export.score

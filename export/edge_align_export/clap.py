@@ -21,7 +21,8 @@ from edge_align.errors import CorruptArtefact, InputError
 from edge_align.files import write_json
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align.tensors import load_tensors, save_tensors
-from edge_align_export.clap_loss import Batch, Clap, FrozenDecoder, make_batch, mutual_information
+from edge_align_export.clap_loss import Batch, Clap, freeze, make_batch, mutual_information
+from edge_align_export.hooked import HookedModel
 from edge_align_export.linear import LinearPack, VARIANCE_FLOOR
 from edge_align_export.texts import Answers
 
@@ -106,7 +107,7 @@ def open_workers() -> Any:
 
 
 def train(
-    model: LlamaReference,
+    model: LlamaReference | HookedModel,
     corpus: Corpus,
     linear: LinearPack,
     layers: range,
@@ -140,7 +141,7 @@ def train(
         rows = np.concatenate([draw.choice(groups[g], config.answers, replace=False) for g in mine])
         rng = torch.Generator(model.device).manual_seed(int(draw.integers(2**62)))
         batch = corpus.batch(rows, n=config.answers, device=model.device)
-        frozen = FrozenDecoder(model, batch, layers)
+        frozen = freeze(model, batch, layers)
         readout = config.readout_lr > 0
         parts = module(
             frozen,
@@ -189,7 +190,7 @@ def start(linear: LinearPack, features: np.ndarray, layers: range, *, share: flo
 
 @torch.no_grad()
 def health_of(
-    model: LlamaReference,
+    model: LlamaReference | HookedModel,
     corpus: Corpus,
     pack: LinearPack,
     layers: range,
@@ -207,7 +208,7 @@ def health_of(
         return {}
     clap = start(pack, corpus.features, layers, share=1.0).to(model.device)
     batches = [corpus.batch(rows[:n], n=n, device=model.device) for rows in groups]
-    frozen = [FrozenDecoder(model, batch, layers) for batch in batches]
+    frozen = [freeze(model, batch, layers) for batch in batches]
     found = torch.cat([clap.mean(batch.features, n) for batch in batches])  # (prompts, n, k)
 
     def nll(i: int, share: float, swap: int = 0) -> float:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from edge_align.runtime.torch_ref import LlamaReference
+from edge_align_export.hooked import HookedModel
 
 KL_DRAWS = 16  # of each posterior, for the Monte-Carlo estimate
 
@@ -51,37 +53,80 @@ def make_batch(
     )
 
 
+class Frozen(Protocol):
+    """Answers under the frozen base."""
+
+    @property
+    def n_tokens(self) -> torch.Tensor:
+        """(B,) answer tokens of each row."""
+        ...
+
+    def nll(self, vectors: torch.Tensor | None) -> torch.Tensor:
+        """(B,) nats, summed over each answer; vectors (B, len(layers), d_model), or None for the base."""
+        ...
+
+
+def freeze(model: LlamaReference | HookedModel, batch: Batch, layers: range) -> Frozen:
+    """The answers of a batch, to be steered in `layers`, decode-only (contract 2)."""
+    if isinstance(model, LlamaReference):
+        return FrozenDecoder(model, batch, layers)
+    return HookedDecoder(model, batch, layers)
+
+
+def said_and_steered(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) bool each: the positions that predict an answer token, and all that are steered."""
+    at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+    steered = at >= batch.first[:, None] - 1
+    return steered & (at < batch.length[:, None] - 1), steered
+
+
+def summed_nll(logits: torch.Tensor, batch: Batch, said: torch.Tensor) -> torch.Tensor:
+    """(B,) from the logits (n, n_vocab) at the n positions where said (B, T) is True, row by row."""
+    rows = torch.nonzero(said)
+    each = F.cross_entropy(logits.float(), batch.tokens[rows[:, 0], rows[:, 1] + 1], reduction="none")
+    return torch.zeros(len(said), device=each.device).index_add(0, rows[:, 0], each)
+
+
 class FrozenDecoder:
-    """NLL of answers under the frozen base, steered in `layers`; what comes before them is computed once a batch."""
+    """On our own PyTorch reference; what comes before the steered blocks is computed once a batch."""
 
     def __init__(self, model: LlamaReference, batch: Batch, layers: range) -> None:
         self._model, self._batch, self._layers = model, batch, layers
-        at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
-        self._steered = (at >= batch.first[:, None] - 1)[..., None].to(model.dtype)
-        self._said = (at >= batch.first[:, None] - 1) & (at < batch.length[:, None] - 1)  # predicts an answer token
+        self.n_tokens = batch.length - batch.first
+        self._said, steered = said_and_steered(batch)
+        self._steered = steered[..., None].to(model.dtype)
         with torch.no_grad():
-            self._rotary = model.rotary(at)
+            self._rotary = model.rotary(torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None])
             x = model.embed(batch.tokens)
             for il in range(layers.start):
                 x = model.block(il, x, self._rotary, None)
         self._below = x
 
-    @property
-    def n_tokens(self) -> torch.Tensor:
-        """(B,) answer tokens of each row."""
-        return self._batch.length - self._batch.first
-
     def nll(self, vectors: torch.Tensor | None) -> torch.Tensor:
-        """(B,) nats, summed over each answer; vectors (B, len(layers), d_model), or None for the base."""
+        """As `Frozen.nll`."""
         x = self._below
         for il in range(self._layers.start, self._model.n_layer):
             x = self._model.block(il, x, self._rotary, None)
             if vectors is not None and il in self._layers:
                 x = x + self._steered * vectors[:, il - self._layers.start, None].to(x.dtype)
-        rows = torch.nonzero(self._said)
-        wanted = self._batch.tokens[rows[:, 0], rows[:, 1] + 1]
-        each = F.cross_entropy(self._model.head(x[self._said]).float(), wanted, reduction="none")
-        return torch.zeros(len(x), device=x.device).index_add(0, rows[:, 0], each)
+        return summed_nll(self._model.head(x[self._said]), self._batch, self._said)
+
+
+class HookedDecoder:
+    """On a model of transformers, all of it every time."""
+
+    def __init__(self, model: HookedModel, batch: Batch, layers: range) -> None:
+        self._model, self._batch, self._layers = model, batch, layers
+        self.n_tokens = batch.length - batch.first
+        self._said, self._steered = said_and_steered(batch)
+        self._first = int(batch.first.min()) - 1
+
+    def nll(self, vectors: torch.Tensor | None) -> torch.Tensor:
+        """As `Frozen.nll`."""
+        logits = self._model.logits(
+            self._batch.tokens, first=self._first, vectors=vectors, layers=self._layers, steered=self._steered
+        )
+        return summed_nll(logits[self._said[:, self._first :]], self._batch, self._said)
 
 
 class Clap(torch.nn.Module):
@@ -123,7 +168,7 @@ class Clap(torch.nn.Module):
         return torch.einsum("bk,kld->bld", z.flatten(0, -2), self.decoder * self.layer_scale[:, None])
 
     def forward(
-        self, frozen: FrozenDecoder, batch: Batch, rng: torch.Generator, *, contrast: float, spread_kl: float
+        self, frozen: Frozen, batch: Batch, rng: torch.Generator, *, contrast: float, spread_kl: float
     ) -> dict[str, torch.Tensor]:
         """`loss`, and its parts in nats per answer: reconstruction, contrast (one swap), kl (summed over latents)."""
         mean = self.mean(batch.features, batch.n)

@@ -24,13 +24,15 @@ from edge_align.gguf_tensors import GGUFTensors
 from edge_align.home import Home
 from edge_align.pack import LatentPack, load_pack, save_pack
 from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
+from edge_align.runtime.torch_ref import fastest, LlamaReference
 from edge_align.simulation.prompts import prompts
 from edge_align_export.card import card
 from edge_align_export.clap import ClapConfig, Corpus, health_of, open_workers, train, Trained
 from edge_align_export.curves import save_curves
+from edge_align_export.hooked import HookedModel
 from edge_align_export.linear import LinearConfig, LinearPack, reopened, retrained, solve
 from edge_align_export.measure import closed_loop, measure
-from edge_align_export.passes import open_passes, Passes, TorchPasses
+from edge_align_export.passes import end_token, open_passes, Passes, TorchPasses
 from edge_align_export.score import rescored, ScoreConfig
 from edge_align_export.texts import Answers, committed_answers, read_answers, sample_answers, States
 
@@ -90,10 +92,7 @@ def build_pack(
         check_steering(backend)
         passes = open_passes(base, backend, runtime=runtime)
         stack.callback(passes.close)
-        if recipe != "linear" and not isinstance(passes, TorchPasses):
-            raise BackendUnavailable(
-                f"recipe {recipe} needs gradients from PyTorch, which does not compute {base.id} here; use linear"
-            )
+        reference = _differentiable(base, passes, recipe)
         work = make_private_dir(home.cache_dir / f"pack-{_texts_id(base, passes, config, fast=fast)}")
         with nullcontext() if workers is None else workers.main_process_first():
             answers, states = _collect(base, backend, passes, config, fast=fast, work=work, stage=stage)
@@ -103,16 +102,14 @@ def build_pack(
         else:
             pack = reopened(read_by, features=material.features, groups=material.groups)
         layers, history, health = steered_layers(base, score or config), [], {"r2": round(pack.r2, 4)}
-        if isinstance(passes, TorchPasses):
-            corpus = Corpus(answers, material.features, config.max_tokens, passes.end)
+        if reference is not None:
+            corpus = Corpus(answers, material.features, config.max_tokens, end_token(base))
             if score is not None:
-                pack, gain = rescored(pack, passes.model, corpus, layers, score, work=work, tell=stage("scores"))
+                pack, gain = rescored(pack, reference, corpus, layers, score, work=work, tell=stage("scores"))
                 health["first_order_gain"] = round(gain, 4)
             if clap is not None:
                 kept = make_private_dir(work / f"clap-{_settings_id(clap, config)}")
-                trained = train(
-                    passes.model, corpus, pack, layers, clap, work=kept, workers=workers, tell=stage("train")
-                )
+                trained = train(reference, corpus, pack, layers, clap, work=kept, workers=workers, tell=stage("train"))
                 pack, history = material.retrained(pack, trained), trained.history
         if not main:
             return {}
@@ -121,8 +118,8 @@ def build_pack(
         health |= measured.health
         own = sample_base(backend, draws=config.base_draws)
         health |= {"base_nll": round(own.nll, 4), "base_collision": round(own.collision, 6)}
-        if isinstance(passes, TorchPasses):
-            health |= health_of(passes.model, corpus, pack, layers, tell=stage("health"))
+        if reference is not None:
+            health |= health_of(reference, corpus, pack, layers, tell=stage("health"))
         health |= closed_loop(base, passes, answers, measured.pack, config, rng, tell=stage("closed loop"))
 
     manifest = {
@@ -190,6 +187,24 @@ def steered_layers(base: BaseModel, config: LinearConfig | ScoreConfig) -> range
     """Blocks that a pack steers; block 0 never, at least one."""
     first = max(1, round(config.first_layer * base.n_layer))
     return range(first, max(first + 1, round(config.last_layer * base.n_layer) + 1))
+
+
+def _differentiable(base: BaseModel, passes: Passes, recipe: str) -> LlamaReference | HookedModel | None:
+    """The base as gradients go through it; None where only transformers computes it and the recipe needs none.
+
+    Raises BackendUnavailable.
+    """
+    if isinstance(passes, TorchPasses):
+        return passes.model
+    if recipe == "linear":
+        return None
+    device, dtype = fastest()
+    try:
+        return HookedModel.open(base.path, dtype=dtype, device=device)
+    except BackendUnavailable as error:
+        raise BackendUnavailable(
+            f"recipe {recipe} needs gradients from PyTorch, which does not compute {base.id} here; use linear ({error})"
+        ) from error
 
 
 def _collect(

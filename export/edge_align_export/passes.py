@@ -75,9 +75,7 @@ class TorchPasses:
 
         from edge_align.runtime.torch_ref import fastest, LlamaReference
 
-        end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
-        if not isinstance(end, int):
-            raise BackendUnavailable(f"{base.path} does not say which token ends a text")
+        end = end_token(base)
         device, dtype = fastest()
         cuda = device == "cuda"
         where = f" on {torch.cuda.get_device_name()}" if cuda else ""
@@ -188,6 +186,14 @@ class NativePasses:
     def close(self) -> None:
         if self._reader is not None:
             self._reader.close()
+
+
+def end_token(base: BaseModel) -> int:
+    """The token that ends a text. Raises BackendUnavailable where the base does not say."""
+    end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
+    if not isinstance(end, int):
+        raise BackendUnavailable(f"{base.path} does not say which token ends a text")
+    return end
 
 
 def open_passes(base: BaseModel, backend: LlamaCppBackend, *, runtime: RuntimeConfig) -> Passes:

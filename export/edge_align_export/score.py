@@ -19,7 +19,8 @@ import torch
 from edge_align.config import bounded
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap import Corpus
-from edge_align_export.clap_loss import FrozenDecoder
+from edge_align_export.clap_loss import freeze
+from edge_align_export.hooked import HookedModel
 from edge_align_export.linear import LinearPack, ridge_regression, within
 from edge_align_export.texts import keep_arrays, kept_arrays
 
@@ -43,7 +44,7 @@ class ScoreConfig:
 
 def rescored(
     pack: LinearPack,
-    model: LlamaReference,
+    model: LlamaReference | HookedModel,
     corpus: Corpus,
     layers: range,
     config: ScoreConfig,
@@ -66,7 +67,7 @@ def rescored(
 
 
 def read_scores(
-    model: LlamaReference,
+    model: LlamaReference | HookedModel,
     corpus: Corpus,
     layers: range,
     *,
@@ -129,9 +130,11 @@ def first_order_gain(decoder: np.ndarray, scores: np.ndarray, latents: np.ndarra
     return float(((moved * wanted).sum(0) / np.maximum(power, 1e-12)).mean())
 
 
-def _scores(model: LlamaReference, corpus: Corpus, rows: np.ndarray, layers: range, tokens: int) -> np.ndarray:
+def _scores(
+    model: LlamaReference | HookedModel, corpus: Corpus, rows: np.ndarray, layers: range, tokens: int
+) -> np.ndarray:
     batch = corpus.batch(rows, n=len(rows), device=model.device, tokens=tokens)
     vectors = torch.zeros(len(rows), len(layers), model.shape.d_model, device=model.device, requires_grad=True)
-    nll = FrozenDecoder(model, batch, layers).nll(vectors).sum()
+    nll = freeze(model, batch, layers).nll(vectors).sum()
     (slope,) = torch.autograd.grad(nll, vectors)
     return -slope.flatten(1).float().cpu().numpy()

@@ -20,7 +20,7 @@ from edge_align.records import SteeringVectors, user_prompt
 from edge_align.runtime.base import Scoring
 from edge_align.runtime.llamacpp import check_steering, LlamaCppBackend
 from edge_align.simulation.prompts import prompts
-from edge_align_export.engines import ENGINES, is_gguf, is_hf_folder, REFERENCES, Score
+from edge_align_export.engines import ENGINES, is_gguf, is_hf_folder, REFERENCE, Score
 from edge_align_export.parity import agreement, log_prob, relative_error
 
 KL = 0.3  # nats per token; what a well-taught profile has
@@ -66,8 +66,8 @@ def verify(
     """Compare teacher-forced logits on answers that the base samples, unsteered and under random vectors of KL .3.
 
     answers: how many, two to a prompt. reference: a GGUF or a Hugging Face folder, computed in PyTorch float32; None:
-    the least rounded GGUF in `folder`, else a Hugging Face folder, else the least rounded export. Where PyTorch does
-    not compute it, the engine that reads it stands in, and the result says so.
+    the least rounded GGUF in `folder`, else a Hugging Face folder, else the least rounded export. Where neither
+    our own reference nor transformers computes it, the engine that reads it stands in, and the result says so.
     Raises InputError, ModelLoadError, CorruptArtefact, BackendUnavailable.
     """
     bounded(answers, 1, 160, "answers")
@@ -240,7 +240,7 @@ def _open_reference(path: Path, runtime: RuntimeConfig, stack: ExitStack, notes:
             why = str(error)
     last = fitting[-1]
     score: Score = stack.enter_context(last.open(path, runtime))
-    if last not in REFERENCES:
+    if last is not REFERENCE:
         notes.append(f"held to {last.name}: {why}; give a Hugging Face folder with --reference")
     return score, last.name
 

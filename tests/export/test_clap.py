@@ -239,7 +239,7 @@ def test_two_processes_train_one_pack(tmp_path):
 
 
 def test_a_base_that_pytorch_does_not_compute_is_refused(tmp_path):
-    path = write_gguf(tmp_path / "qwen.gguf", "qwen2")
+    path = write_gguf(tmp_path / "gemma.gguf", "gemma")
     with pytest.raises(BackendUnavailable, match="use linear"):
         build_pack(home=Home(tmp_path / "home"), model=str(path), recipe="clap", fast=True, runtime=ONE)
 

@@ -10,7 +10,7 @@ from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, InputError
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align.records import SteeringVectors
-from edge_align_export.engines import open_transformers
+from edge_align_export.engines import open_torch
 from edge_align_export.gguf_file import export_gguf
 from edge_align_export.verify import bits, verify
 from scripts.tiny_models import LAYERS, WIDTH, write_gguf, write_hf
@@ -115,7 +115,7 @@ def test_a_folder_of_transformers_is_a_reference_with_the_same_steering(made):
     report = verify(made / "dist", reference=made / "hf", **FEW)
     for vectors in ("none", "random"):
         assert rows(report)["hf-F16.gguf", "PyTorch", vectors]["max_difference"] < 0.02  # weights rounded to F16
-    with open_transformers(made / "hf", ONE) as score:
+    with open_torch(made / "hf", ONE) as score:
         plain = score([5, 6, 7], [8, 9], None)
         array = np.zeros((LAYERS, WIDTH), np.float32)
         array[LAYERS - 1] = 1.0
