@@ -81,17 +81,25 @@ def tried_of(results: Results, method: str) -> Result:
 def training_time(results: Results) -> str:
     """What a new person costs each."""
     result = results.newest("training_time")
-    rows = [[OURS, f"{result['edge_align_sec']:.1f} s", "", f"{result['edge_align_bytes']:,}"]]
+    answers = result.get("answers", {})
+    costs = [
+        (OURS, f"{result['edge_align_sec']:.1f} s", "", result["edge_align_bytes"], result["edge_align_peak_rss_mb"])
+    ]
     for name, cost in result["trained"].items():
-        more = " (extrapolated)" if cost["extrapolated"] else ""
+        seconds = f"{cost['seconds']:.0f} s" + (" (extrapolated)" if cost["extrapolated"] else "")
         share = f"{result['ours_over_it'][name]:.4f}"
-        rows.append([f"{name}, {cost['epochs']} epochs, {cost['dtype']}", f"{cost['seconds']:.0f} s{more}", share])
-        rows[-1].append(f"{cost['stored_bytes']:,}")
-    for row, name in zip(rows, (OURS, *result["trained"]), strict=True):
-        row.append(f"{result['peak_rss_mb'][name]:.0f} MB")
-        if "win_rate" in result:
-            row.append(percent(result["win_rate"][name]))
+        costs.append((name, seconds, share, cost["stored_bytes"], cost["peak_rss_mb"]))
+    rows = []
+    for name, seconds, share, stored, memory in costs:
+        cost = result["trained"].get(name)
+        title = name if cost is None else f"{name}, {cost['epochs']} epochs, {cost['dtype']}"
+        rows.append([title, seconds, share, f"{stored:,}", f"{memory:.0f} MB"])
+        if name in answers:
+            found = answers[name]
+            low, high = found["win_ci"]
+            rows[-1].append(f"{percent(found['win_rate'])} ({percent(low)} to {percent(high)})")
+            rows[-1] += [f"{found['nll_ratio']:.2f} x", f"{found['distinct2_ratio']:.2f} x"]
     head = ["", "to learn", "ours over it", "bytes stored", "peak memory so far"]
-    head += [f"win rate on {result['prompts']} prompts"] if "win_rate" in result else []
+    head += [f"win rate on {result['prompts']} prompts", "NLL", "distinct-2"] if answers else []
     said = f"Beside what trains through the base, on {result['pairs']} pairs of one user ({result['user']}):"
     return f"{said}\n\n{table(head, rows)}\n\n{source(result)}"

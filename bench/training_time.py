@@ -32,13 +32,14 @@ from common import (
     timed,
 )
 from lora_dpo import applied, build_hf, fastest_dtype, kept_training, LoRA, PTuning, tokenized, train
+from quality import judged, other_judges
 from rich.table import Table
 from safetensors.torch import load_file
 
 from edge_align.config import PersonalizeConfig
 from edge_align.records import PreferencePair
 from edge_align.simulation.prompts import prompts
-from edge_align.simulation.users import bootstrap_interval, user, wins
+from edge_align.simulation.users import user
 
 METHODS = {"LoRA-DPO": LoRA(), "P-tuning-DPO": PTuning()}
 OURS = "edge-align"
@@ -51,11 +52,10 @@ def run(bench: Bench) -> dict[str, Any]:
     who = user(args.user)
     pairs = short_pairs(bench, who, n=args.pairs, tokens=args.tokens)
     seconds, profile = timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))
-    ours, memory = [seconds], {OURS: peak_mb()}
+    ours, memory = [seconds], peak_mb()
     trained, adapters = {}, {}
     for name, settings in METHODS.items():
         trained[name], adapters[name] = train_other(bench, pairs, settings)
-        memory[name] = peak_mb()
         ours.append(timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))[0])
     found = {
         "user": who.name,
@@ -63,19 +63,20 @@ def run(bench: Bench) -> dict[str, Any]:
         "edge_align_sec": float(np.median(ours)),
         "edge_align_runs_sec": ours,
         "edge_align_bytes": sum(array.nbytes for array in profile.encoder.to_tensors().values()),
+        "edge_align_peak_rss_mb": memory,
         "trained": trained,
-        "peak_rss_mb": memory,
         "ours_over_it": {name: float(np.median(ours)) / cost["seconds"] for name, cost in trained.items()},
     }
     if not args.no_answers:
         found |= compare(bench, profile.encoder, adapters)
-    table = Table("", "seconds", "bytes", "win rate")
+    table = Table("", "seconds", "bytes", "win rate", "nll x", "dist-2")
     costs = {OURS: (found["edge_align_sec"], found["edge_align_bytes"], False)}
     costs |= {name: (cost["seconds"], cost["stored_bytes"], cost["extrapolated"]) for name, cost in trained.items()}
     for name, (sec, stored, extrapolated) in costs.items():
-        rate = found.get("win_rate", {}).get(name)
+        said = found.get("answers", {}).get(name)
+        told = () if said is None else (said[key] for key in ("win_rate", "nll_ratio", "distinct2_ratio"))
         note = " (extrapolated)" if extrapolated else ""
-        table.add_row(name, f"{sec:.2f}{note}", f"{stored:,}", "" if rate is None else f"{rate:.3f}")
+        table.add_row(name, f"{sec:.2f}{note}", f"{stored:,}", *(f"{value:.3f}" for value in told))
     console.print(table)
     return found
 
@@ -87,30 +88,28 @@ def peak_mb() -> float:
 
 # -- answers -------------------------------------------------------------------------------------------------------
 def compare(bench: Bench, encoder: Any, adapters: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
-    """Win rates of all against the base's answers to the same prompts, same cap and seed."""
+    """All against the base's answers to the same prompts, same cap and seed: win rates, NLL, distinct-2, length."""
     args, who = bench.args, user(bench.args.user)
     unseen = list(prompts("test")[: args.prompts])
     model, seed = bench.reference, args.seed + SEED
 
-    def texts(name: str, vectors: np.ndarray | None = None, **more: Any) -> list[str]:
+    def answers(name: str, vectors: np.ndarray | None = None, **more: Any) -> list[Answer]:
         """depends: names what was trained; before: tokens ahead of every prompt."""
         kept = bench.keep(f"training-{name}", unseen, args.max_tokens, seed, str(model.dtype), more.pop("depends", ""))
         options = {"max_tokens": args.max_tokens, "seed": seed, "kept": kept, "label": name, **more}
-        made: list[Answer] = sample_rows(bench, model, unseen, vectors, **options)
-        return [answer.text for answer in made]
+        return list(sample_rows(bench, model, unseen, vectors, **options))
 
-    base = texts("base")
+    base = answers("base")
     arrays = steering_rows(bench, encoder, unseen)
-    made = {OURS: texts(OURS, arrays, depends=digest(arrays))}
+    made = {OURS: answers(OURS, arrays, depends=digest(arrays))}
     for name, adapter in adapters.items():
         depends = digest(*[part.numpy() for part in adapter.values()])
         with applied(model, adapter) as ids:
-            made[name] = texts(name, depends=depends, before=ids)
-    won = {name: wins(who.judge, of_arm, base) for name, of_arm in made.items()}
+            made[name] = answers(name, depends=depends, before=ids)
+    second = other_judges().get(who.name)
     return {
         "prompts": len(unseen),
-        "win_rate": {name: float(each.mean()) for name, each in won.items()},
-        "win_ci": {name: list(bootstrap_interval(each, rng=np.random.default_rng(0))) for name, each in won.items()},
+        "answers": {name: judged(bench, who, unseen, of_arm, base, second) for name, of_arm in made.items()},
     }
 
 
@@ -127,7 +126,7 @@ def train_other(
         rows, base = tokenized(bench, pairs), build_hf(bench)
         dtype, tried = fastest_dtype(base, rows, settings, args.dtype)
         row, adapter = train(base, rows, settings, dtype=dtype, seed=args.seed, steps=args.steps)
-        return row | {"probe_sec": tried} | asdict(settings), adapter
+        return row | {"probe_sec": tried, "peak_rss_mb": peak_mb()} | asdict(settings), adapter
 
     cost, path = kept_training(bench.keep("trained-time", options, texts), work)
     return cost, load_file(path)

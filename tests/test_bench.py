@@ -18,10 +18,14 @@ import pytest
 import torch
 
 from edge_align.bases import BaseModel, find_base
+from edge_align.config import SamplingConfig
 from edge_align.features import n_feature
 from edge_align.latent_dpo import LatentFeedback
 from edge_align.pack import save_pack
+from edge_align.runtime.torch_ref import LlamaReference
+from edge_align.runtime.torch_sample import sample
 from edge_align.simulation.prompts import prompts
+from edge_align_export.clap_loss import make_batch
 from scripts.tiny_models import write_gguf
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -62,6 +66,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "serving",
         "serving_learning",
         "serving_soak",
+        "slots",
         "lora_dpo",
     )
     before = list(sys.path)
@@ -522,3 +527,43 @@ def test_a_learning_curve_and_people_of_three_tastes_get_their_sections(
     assert "odd 0 | 12 %" in page and "odd 0" not in page[: page.index("Tastes of three parts")]
     bench["report_plots"].draw_curves(results, tmp_path)
     assert "<svg" in (tmp_path / "curves.svg").read_text()
+
+
+def test_slots_that_hold_what_tokens_gave_are_those_tokens(tmp_path: Path, bench: dict[str, ModuleType]) -> None:
+    """Untrained, the adapter puts a chat's first four tokens ahead, whatever z is: scored and sampled as with them."""
+    slots, base = bench["slots"], LlamaReference(write_gguf(tmp_path / "llama.gguf", "llama"))
+    opening, prompt, answer = [5, 6, 7, 8], [9, 10, 11], [12, 13, 14]
+    ahead, array = slots.Slots(base, 3, opening).model(torch.tensor([1.0, -2.0, 0.5]))
+    assert array is None
+    found = ahead.score([0] * 4 + prompt, answer)
+    np.testing.assert_allclose(found, base.score(opening + prompt, answer), atol=1e-4)
+    assert np.abs(found - base.score([0] * 4 + prompt, answer)).max() > 0.1
+    greedy = SamplingConfig(max_tokens=8, temperature=0.0)
+    sampled = [
+        sample(model, [first + prompt, first + [20]], sampling=greedy, eos=[], vectors=None)
+        for model, first in ((ahead, [0] * 4), (base, opening))
+    ]
+    assert sampled[0] == sampled[1]
+
+
+def test_both_decoders_cost_each_answer_what_it_costs_alone_and_pass_gradients(
+    tmp_path: Path, bench: dict[str, ModuleType]
+) -> None:
+    slots, base = bench["slots"], LlamaReference(write_gguf(tmp_path / "llama.gguf", "llama"))
+    torch.manual_seed(0)
+    z = torch.randn(2, 3)
+    prompts_, answers = [[9, 10, 11], [15, 16]], [[12, 13, 14], [17, 18]]
+    for decoder in (slots.Additive(base, 3, range(1, 3), torch.ones(2)), slots.Slots(base, 3, [5, 6, 7, 8])):
+        with torch.no_grad():
+            for part in decoder.parameters():
+                part.add_(0.3 * torch.randn(part.shape))
+        front = [0] * decoder.front
+        batch = make_batch([front + prompt for prompt in prompts_], answers, torch.zeros(2, 1), n=2)
+        nll = decoder.bind(batch)(z)
+        nll.sum().backward()
+        assert all(part.grad.abs().max() > 0 for part in decoder.parameters())
+        for i in range(2):
+            model, array = decoder.model(z[i])
+            logits = torch.from_numpy(model.score(front + prompts_[i], answers[i], array)).log_softmax(-1)
+            alone = -sum(float(row[token]) for row, token in zip(logits, answers[i], strict=True))
+            assert nll[i].item() == pytest.approx(alone, abs=1e-3)
