@@ -87,7 +87,8 @@ class PersonalizeConfig:
 
     nll_limit: most NLL of steered answers under the base, as a multiple of the base's own; 0: they are not tried.
     collision_limit: most collisions of the next token, as a multiple of the base's own; 0: not looked at.
-    no_worse: do not activate a version that predicts verdicts new to both worse than the active one does.
+    no_worse: do not activate a version that predicts verdicts new to both worse than the active one does, and switch
+        the active one off when all verdicts can no longer be told from chance (gate.RETIRE_P).
     use: make the profile the one in use when a version is activated.
     """
 

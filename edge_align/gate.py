@@ -18,6 +18,9 @@ from edge_align.latent_dpo import Contrasts, fit_batch, LatentDPOConfig, LatentF
 GATE_P = 0.02
 """A profile is switched on when its permutation p is at most this."""
 
+RETIRE_P = 0.2
+"""Looked at again and again, chance passes now and then: a version is switched off when all verdicts have a p above."""
+
 GATE_Z = 2.3
 """The z at which p <= GATE_P becomes likely: the normal quantile 2.05 and some allowance."""
 

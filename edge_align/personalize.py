@@ -214,6 +214,7 @@ def personalize(
                     "seed": config.seed,
                 },
             )
+            retired = _retired(store, profile, pack, learnt.heldout.p) if config.no_worse and not config.force else None
             activated = config.activate and ((passed and worse is None) or config.force)
             if activated:
                 store.activate(profile, saved.number)
@@ -234,7 +235,8 @@ def personalize(
             stages_sec=stages.seconds,
             profile_bytes=store.size_bytes(profile, saved.number),
             activated=activated,
-            reason=worse
+            reason=retired
+            or worse
             or _reason(passed=passed, config=config, more=learnt.heldout.more_rows(), total=total, scale=scale),
         )
 
@@ -273,6 +275,25 @@ def _worse_than_active(
     return (
         f"not activated: it predicts {refit:.0%} of {int(new.sum())} new verdicts and version {usable.version}, "
         f"which stays active, {active:.0%}"
+    )
+
+
+def _retired(store: ProfileStore, profile: str, pack: LatentPack, p: float) -> str | None:
+    """Switch off the active version if it was learnt, passed the gate, and p of all verdicts is that of chance; what
+    is said of it then.
+    """
+    from edge_align.gate import GATE_P, RETIRE_P
+
+    if p <= RETIRE_P or (number := store.active_version(profile)) is None:
+        return None
+    _, manifest = store.load(profile, number)
+    learnt = manifest.get("heldout")
+    if manifest.get("pack_hash") != pack.hash or not isinstance(learnt, dict) or not learnt.get("p", 1.0) <= GATE_P:
+        return None  # imported, of another pack, or switched on by force
+    store.retire(profile)
+    return (
+        f"version {number} is switched off: all verdicts together cannot be told from chance (p {p:.2f}); "
+        f"`edge-align profiles undo {profile}` brings it back"
     )
 
 

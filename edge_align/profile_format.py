@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from edge_align.errors import CorruptArtefact, InputError, UnsupportedVersion
-from edge_align.files import canonical_json, load_json_object, parse_json_object, sha256_bytes, shown, write_json
+from edge_align.files import (
+    canonical_json,
+    load_json_object,
+    parse_json_object,
+    sha256_bytes,
+    shown,
+    storage_errors,
+    write_json,
+)
 from edge_align.tensors import parse_tensors
 
 if TYPE_CHECKING:
@@ -18,9 +27,24 @@ SCHEMA = 1
 TENSORS = "encoder.safetensors"
 MANIFEST = "manifest.json"
 ACTIVATIONS_KEPT = 100
+NONE = 0  # among the numbers of activated versions: none was active from then on
+
+_VERSION = re.compile(r"v([0-9]{4,6})")
 
 Loaded = tuple["dict[str, np.ndarray]", dict[str, Any]]
 """The tensors (read-only) and the manifest of a version."""
+
+
+def version_folder(folder: Path, version: int) -> Path:
+    """Where a version of the profile in `folder` lies."""
+    return folder / f"v{version:04d}"
+
+
+def version_numbers(folder: Path) -> list[int]:
+    """Numbers of all version folders, complete or not, ascending. Raises StorageError."""
+    with storage_errors(folder):
+        found = [_VERSION.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in found if match)
 
 
 def seal_manifest(manifest: Mapping[str, Any]) -> bytes:
@@ -53,7 +77,7 @@ def parse_version(tensor_data: bytes, manifest_data: bytes, *, name: str) -> Loa
 
 
 def read_activations(path: Path) -> tuple[int, ...]:
-    """The versions that were activated, the active one last; empty without a file.
+    """The versions that were activated, the active one last, NONE where none was; empty without a file.
 
     Raises CorruptArtefact, UnsupportedVersion, StorageError.
     """
@@ -62,7 +86,7 @@ def read_activations(path: Path) -> tuple[int, ...]:
     record = load_json_object(path)
     _check_schema(record, shown(path))
     match record:
-        case {"schema": 1, "activated": [*numbers]} if all(_is_number(number) for number in numbers):
+        case {"schema": 1, "activated": [*numbers]} if all(_is_number(n, least=NONE) for n in numbers):
             return tuple(numbers)
     raise CorruptArtefact(f"{shown(path)} is damaged; `edge-align profiles undo` goes to a version that opens")
 
@@ -98,5 +122,5 @@ def _check_schema(record: Mapping[str, Any], name: str) -> None:
         raise UnsupportedVersion(f"{name} has schema {schema}, this edge-align knows {SCHEMA}; upgrade edge-align")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**6
+def _is_number(value: object, *, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 10**6

@@ -11,7 +11,6 @@ Everything is read with suspicion: checksums, dtypes, shapes, finite values, no 
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -40,11 +39,14 @@ from edge_align.home import Home
 from edge_align.profile_format import (
     Loaded,
     MANIFEST,
+    NONE,
     parse_version,
     read_activations,
     read_choice,
     seal_manifest,
     TENSORS,
+    version_folder,
+    version_numbers,
     write_activations,
     write_choice,
 )
@@ -56,7 +58,6 @@ if TYPE_CHECKING:
 ACTIVE = "active.json"
 SIZE_LIMIT = 16 * 2**20  # bytes of a version or an archive; real ones have a few thousand
 
-_VERSION = re.compile(r"v([0-9]{4,6})")
 _REMOVED = ".removed-"
 
 
@@ -127,7 +128,9 @@ class ProfileStore:
     def versions(self, name: str) -> tuple[int, ...]:
         """Numbers of the complete versions, ascending."""
         folder = self._existing(name)
-        return tuple(number for number in _numbers(folder) if os.path.lexists(_path(folder, number) / MANIFEST))
+        return tuple(
+            number for number in version_numbers(folder) if os.path.lexists(version_folder(folder, number) / MANIFEST)
+        )
 
     def history(self, name: str) -> tuple[Version, ...]:
         """All complete versions, the oldest first."""
@@ -147,7 +150,7 @@ class ProfileStore:
 
     def size_bytes(self, name: str, version: int) -> int:
         """Bytes of the files of a version."""
-        folder = _path(self._existing(name), version)
+        folder = version_folder(self._existing(name), version)
         with storage_errors(folder):
             return sum(entry.lstat().st_size for entry in folder.iterdir())
 
@@ -200,10 +203,10 @@ class ProfileStore:
         error as in `load`, never passed over.
         """
         numbers = self._activations(name)
-        if not numbers:
+        if not numbers or numbers[-1] == NONE:
             raise _none_active(name)
         first: ArtefactError | None = None
-        for number in dict.fromkeys(reversed(numbers)):
+        for number in dict.fromkeys(number for number in reversed(numbers) if number != NONE):
             try:
                 tensors, manifest = self.load(name, number, expect=expect)
             except IncompatibleBase:
@@ -228,7 +231,13 @@ class ProfileStore:
 
     def active_version(self, name: str) -> int | None:
         """The active version's number, None when there is none."""
-        return next(reversed(self._activations(name)), None)
+        return next(reversed(self._activations(name)), NONE) or None
+
+    def retire(self, name: str) -> None:
+        """Have no version active, until one is activated or `undo` brings back the one that was."""
+        with self._writing(name):
+            if self.active_version(name) is not None:
+                write_activations(self._folder(name) / ACTIVE, (*self._activations(name), NONE))
 
     def undo(self, name: str) -> int:
         """Make the version active that was active before, passing over damaged ones, and return its number.
@@ -292,7 +301,7 @@ class ProfileStore:
         """Write a version, by default the active one, as a single file (zip); the same version gives the same bytes."""
         version = self.active_version(name) if version is None else version
         self.load(name, version)
-        folder = _path(self._existing(name), version or 0)
+        folder = version_folder(self._existing(name), version or 0)
         if os.path.lexists(path) and not overwrite:
             raise InputError(f"{shown(path)} exists; choose another file")
         members = {member: read_file(folder / member, limit=SIZE_LIMIT) for member in (MANIFEST, TENSORS)}
@@ -342,11 +351,11 @@ class ProfileStore:
         with self._writing(name):
             self._check_new(name)
             folder = make_private_dir(self._folder(name))
-            used = [*_numbers(folder)]
+            used = [*version_numbers(folder)]
             with suppress(ArtefactError):
                 used += self._activations(name)
             number = max(used, default=0) + 1
-            place = _path(folder, number)
+            place = version_folder(folder, number)
             with storage_errors(place):
                 os.mkdir(place, 0o700)
             try:
@@ -361,7 +370,7 @@ class ProfileStore:
         return Version(name, number, False, len(data) + len(manifest), parse_json_object(manifest, shown(place)))
 
     def _open(self, name: str, version: int) -> Loaded:
-        place = _path(self._existing(name), version)
+        place = version_folder(self._existing(name), version)
         _check_real(place)
         manifest = read_file(place / MANIFEST, limit=SIZE_LIMIT)
         return parse_version(read_file(place / TENSORS, limit=SIZE_LIMIT), manifest, name=shown(place))
@@ -380,10 +389,6 @@ class ProfileStore:
         return ProfileSummary(name, active, len(versions), size, current, damage)
 
 
-def _path(folder: Path, version: int) -> Path:
-    return folder / f"v{version:04d}"
-
-
 def _check_real(folder: Path) -> None:
     if folder.is_symlink():
         raise StorageError(f"{shown(folder)} is a symbolic link; put the real folder in its place")
@@ -391,10 +396,3 @@ def _check_real(folder: Path) -> None:
 
 def _none_active(name: str) -> InputError:
     return InputError(f"profile {name} has no active version; give it more feedback and personalize again")
-
-
-def _numbers(folder: Path) -> list[int]:
-    """Numbers of all version folders, complete or not, ascending."""
-    with storage_errors(folder):
-        found = [_VERSION.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for match in found if match)

@@ -95,6 +95,24 @@ def test_activation_and_undo_walk_the_versions(store):
     assert store.active_version("p") == 2
 
 
+def test_a_retired_profile_has_no_active_version_until_undo_or_a_new_one(store):
+    keep(store, "p", 2, activate=False)
+    store.retire("p")  # nothing to retire
+    store.activate("p", 1)
+    store.retire("p")
+    store.retire("p")
+    assert store.active_version("p") is None and [version.active for version in store.history("p")] == [False, False]
+    assert store.list()[0].active is None
+    for call in (store.load, store.load_usable):
+        with pytest.raises(InputError, match="no active version"):
+            call("p")
+    assert store.undo("p") == 1 == store.active_version("p")
+    store.retire("p")
+    store.activate("p", 2)
+    assert store.load_usable("p").version == 2
+    assert store.undo("p") == 1 == store.load_usable("p").version  # passes over the time without one
+
+
 def test_unknown_profiles_and_versions_are_named_with_what_there_is(store):
     with pytest.raises(InputError, match="unknown profile bob; .*personalize"):
         store.load("bob")
@@ -167,7 +185,7 @@ def test_undo_passes_over_damaged_versions(store, home):
 def test_a_damaged_record_of_activations_is_repaired_by_undo_or_a_new_activation(store, home):
     keep(store, "p", 2)
     record = home.profiles_dir / "p" / "active.json"
-    damaged = [b"", b"{}", b'{"schema":1,"activated":[0]}', b'{"schema":1,"activated":[true]}', b"\xff", b"[]"]
+    damaged = [b"", b"{}", b'{"schema":1,"activated":[-1]}', b'{"schema":1,"activated":[true]}', b"\xff", b"[]"]
     for body in damaged:
         record.write_bytes(body)
         for call in (store.active_version, store.load, store.load_usable):

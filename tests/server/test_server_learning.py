@@ -82,6 +82,28 @@ def test_a_refit_that_predicts_new_verdicts_worse_than_the_active_version_is_not
     assert ProfileStore(toy_home).active_version("default") == 1
 
 
+def test_a_version_is_switched_off_when_all_verdicts_can_no_longer_be_told_from_chance(toy_home, tmp_path):
+    """Each topic rated both ways; only a refit of the server does it, and only to what passed the gate by itself."""
+    clear = write(tmp_path / "clear.jsonl", TOPICS[:24])
+    assert personalize(home=toy_home, sources=[Source("clear", clear)], runtime=ONE).activated
+    against = [verdict(topic) for topic in TOPICS[24:40]]
+    for row in against:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    noise = tmp_path / "against.jsonl"
+    noise.write_text("".join(json.dumps(row) + "\n" for row in against))
+    store = ProfileStore(toy_home)
+    by_hand = personalize(home=toy_home, sources=[Source("against", noise)], runtime=ONE)
+    assert by_hand.state == "refused" and by_hand.heldout["p"] > 0.2 and store.active_version("default") == 1
+    report = personalize(home=toy_home, sources=[], runtime=ONE, config=PersonalizeConfig(no_worse=True))
+    assert not report.activated and store.active_version("default") is None
+    assert "version 1 is switched off" in report.reason and "profiles undo default" in report.reason
+    assert store.undo("default") == 1
+    forced = personalize(home=toy_home, sources=[], runtime=ONE, config=PersonalizeConfig(force=True))
+    assert forced.activated
+    personalize(home=toy_home, sources=[], runtime=ONE, config=PersonalizeConfig(no_worse=True))
+    assert store.active_version("default") == forced.version
+
+
 def test_new_verdicts_are_predicted_by_neither_side_from_memory():
     rng = np.random.default_rng(0)
     truth, n, k = np.zeros(8), 60, 8
