@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edge_align import fluency
 from edge_align.config import SamplingConfig
 from edge_align.fluency import ANSWERS, collision, fluent_factor, sample_base, sampled_nll, TOKENS, varied_factor
 from edge_align.pack import BaseSample
@@ -123,12 +124,13 @@ def test_the_base_is_held_against_itself():
     assert own.nll == pytest.approx(BASE_NLL, rel=1e-5) and own.collision == pytest.approx(0.75**2 + 0.25**2)
 
 
-def test_on_the_real_base_against_a_plain_reading_of_the_same_answers(backend):
+def test_on_the_real_base_against_a_plain_reading_of_the_same_answers(backend, monkeypatch):
     """One prompt and one token at a time; the batch rounds differently (8-bit activations)."""
+    monkeypatch.setattr(fluency, "ANSWERS", few := 6)
     array = np.zeros((30, 576), np.float32)
     array[10:20] = np.random.default_rng(0).normal(size=576) * 0.5
     vectors = SteeringVectors(array)
-    rendered = [backend.render(user_prompt(text)) for text in prompts("pack")[:ANSWERS]]
+    rendered = [backend.render(user_prompt(text)) for text in prompts("pack")[:few]]
     made = backend.generate_batch(rendered, vectors=vectors, sampling=SamplingConfig(max_tokens=TOKENS, seed=0))
     nll = []
     for prompt, answer in zip(rendered, made, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from edge_align.profiles import ProfileStore
 from edge_align.store import FeedbackLog
 
 ONE = RuntimeConfig(n_threads=1, n_ctx=512)
+FAST = PersonalizeConfig(nll_limit=0.0, collision_limit=0.0)  # strength is not what is tested here
+REFIT = replace(FAST, no_worse=True)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,7 @@ def test_thumbs_over_http_become_a_profile_that_answers_and_can_be_undone(toy_ho
 
 def test_a_refit_that_predicts_new_verdicts_worse_than_the_active_version_is_not_activated(toy_home, tmp_path):
     clear = write(tmp_path / "clear.jsonl", TOPICS[:24])
-    assert personalize(home=toy_home, sources=[Source("clear", clear)], runtime=ONE).activated
+    assert personalize(home=toy_home, sources=[Source("clear", clear)], runtime=ONE, config=FAST).activated
     with FeedbackLog(toy_home) as log:
         log.forget("default", everything=True)
     against = [verdict(topic) for topic in TOPICS[:24]]
@@ -76,7 +79,7 @@ def test_a_refit_that_predicts_new_verdicts_worse_than_the_active_version_is_not
         home=toy_home,
         sources=[Source("against", noise), Source("new", new)],
         runtime=ONE,
-        config=PersonalizeConfig(no_worse=True),
+        config=REFIT,
     )
     assert not report.activated and "of 8 new verdicts and version 1" in report.reason
     assert ProfileStore(toy_home).active_version("default") == 1
@@ -85,22 +88,22 @@ def test_a_refit_that_predicts_new_verdicts_worse_than_the_active_version_is_not
 def test_a_version_is_switched_off_when_all_verdicts_can_no_longer_be_told_from_chance(toy_home, tmp_path):
     """Each topic rated both ways; only a refit of the server does it, and only to what passed the gate by itself."""
     clear = write(tmp_path / "clear.jsonl", TOPICS[:24])
-    assert personalize(home=toy_home, sources=[Source("clear", clear)], runtime=ONE).activated
+    assert personalize(home=toy_home, sources=[Source("clear", clear)], runtime=ONE, config=FAST).activated
     against = [verdict(topic) for topic in TOPICS[24:40]]
     for row in against:
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     noise = tmp_path / "against.jsonl"
     noise.write_text("".join(json.dumps(row) + "\n" for row in against))
     store = ProfileStore(toy_home)
-    by_hand = personalize(home=toy_home, sources=[Source("against", noise)], runtime=ONE)
+    by_hand = personalize(home=toy_home, sources=[Source("against", noise)], runtime=ONE, config=FAST)
     assert by_hand.state == "refused" and by_hand.heldout["p"] > 0.2 and store.active_version("default") == 1
-    report = personalize(home=toy_home, sources=[], runtime=ONE, config=PersonalizeConfig(no_worse=True))
+    report = personalize(home=toy_home, sources=[], runtime=ONE, config=REFIT)
     assert not report.activated and store.active_version("default") is None
     assert "version 1 is switched off" in report.reason and "profiles undo default" in report.reason
     assert store.undo("default") == 1
-    forced = personalize(home=toy_home, sources=[], runtime=ONE, config=PersonalizeConfig(force=True))
+    forced = personalize(home=toy_home, sources=[], runtime=ONE, config=replace(FAST, force=True))
     assert forced.activated
-    personalize(home=toy_home, sources=[], runtime=ONE, config=PersonalizeConfig(no_worse=True))
+    personalize(home=toy_home, sources=[], runtime=ONE, config=REFIT)
     assert store.active_version("default") == forced.version
 
 
