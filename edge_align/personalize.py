@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TYPE_CHECKING
 from edge_align.bases import BaseModel, find_base
 from edge_align.config import PersonalizeConfig, RuntimeConfig
 from edge_align.engines import check_engine
-from edge_align.errors import InputError, NothingUsable
+from edge_align.errors import ArtefactError, InputError, NothingUsable
 from edge_align.feedback.read import read_feedback
 from edge_align.home import Home
 from edge_align.pack import LatentPack
@@ -286,7 +286,10 @@ def _retired(store: ProfileStore, profile: str, pack: LatentPack, p: float) -> s
 
     if p <= RETIRE_P or (number := store.active_version(profile)) is None:
         return None
-    _, manifest = store.load(profile, number)
+    try:
+        _, manifest = store.load(profile, number)
+    except ArtefactError:
+        return None  # damaged: `load_usable` falls back, and says so
     learnt = manifest.get("heldout")
     if manifest.get("pack_hash") != pack.hash or not isinstance(learnt, dict) or not learnt.get("p", 1.0) <= GATE_P:
         return None  # imported, of another pack, or switched on by force
