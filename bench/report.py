@@ -189,6 +189,7 @@ def readme_table(results: Results) -> str:
                 + (" (extrapolated)" if cost["extrapolated"] else "")
                 + f" ({cost['dtype']})",
             ],
+            *one_user(lora),
             *beside_lora(results),
             [
                 f"{found['prompts']} unseen prompts: the judge prefers the personal answer, 100 pairs, mean (lowest) "
@@ -226,6 +227,19 @@ def readme_table(results: Results) -> str:
             ["memory of `generate`", f"{speed['memory']['peak_rss_mb']:.0f} MB"],
         ],
     )
+
+
+def one_user(result: Result) -> list[list[str]]:
+    """The README's row on what was written after the trainings that were timed, where it was judged."""
+    answers = result.get("answers")
+    if not answers:
+        return []
+    cells = [
+        f"{percent(found['win_rate'])} ({percent(found['win_ci'][0])} to {percent(found['win_ci'][1])}) at "
+        f"{found['nll_ratio']:.2f} x"
+        for found in (answers[OURS], answers[LORA])
+    ]
+    return [[f"of that user ({result['user']}), ours and the LoRA: win rate, NLL times the base's", "; ".join(cells)]]
 
 
 def beside_lora(results: Results) -> list[list[str]]:
