@@ -51,7 +51,7 @@ from edge_align_export.linear import within
 
 SLOTS = 4  # the paper's number, per layer
 INNER = 64  # of the adapter's network
-UNIT = 0.1  # of a block's output: what Adam's steps are measured in
+UNIT = 0.1  # of a usual coordinate of a block's output: what Adam's steps are measured in
 NLL = Callable[[torch.Tensor], torch.Tensor]
 """Latents (B, k) -> (B,) nats, summed over each answer."""
 
@@ -78,15 +78,17 @@ class Additive(torch.nn.Module):
 
     front = 0
 
-    def __init__(self, base: LlamaReference, k: int, layers: range, size: torch.Tensor) -> None:
-        """size (len(layers),): root mean square of the blocks' outputs."""
+    def __init__(self, base: LlamaReference, spread: torch.Tensor, layers: range, size: torch.Tensor) -> None:
+        """spread (k,): of the latents. size (len(layers),): the median of coordinates of the blocks' outputs, without
+        sign; a few are a hundred times as large.
+        """
         super().__init__()
-        self._base, self._layers = base, layers
+        self._base, self._layers, self._spread = base, layers, spread
         self.register_buffer("unit", UNIT * size[:, None])
-        self.weight = torch.nn.Parameter(torch.zeros(k, len(layers), base.shape.d_model))
+        self.weight = torch.nn.Parameter(torch.zeros(len(spread), len(layers), base.shape.d_model))
 
     def vectors(self, z: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bk,kld->bld", z, self.weight * self.unit)
+        return torch.einsum("bk,kld->bld", z / self._spread, self.weight * self.unit)
 
     def bind(self, batch: Batch) -> NLL:
         frozen = FrozenDecoder(self._base, batch, self._layers)
@@ -107,17 +109,17 @@ class Slots(torch.nn.Module):
 
     front = SLOTS
 
-    def __init__(self, base: LlamaReference, k: int, opening: Sequence[int]) -> None:
-        """opening: the first SLOTS tokens of a chat."""
+    def __init__(self, base: LlamaReference, spread: torch.Tensor, opening: Sequence[int]) -> None:
+        """spread (k,): of the latents. opening: the first SLOTS tokens of a chat."""
         super().__init__()
-        self._base = base
+        self._base, self._spread, k = base, spread, len(spread)
         n, d = base.shape.n_layer, base.shape.d_model
         tokens = torch.tensor([list(opening)])
         with torch.no_grad():
             _, outputs = base.hidden(tokens, layers=range(n - 1))
             inputs = torch.cat([base.embed(tokens), *outputs]).float()  # of every block
             self.rotary = base.rotary(torch.arange(SLOTS)[None])
-        self.register_buffer("size", inputs.square().mean((1, 2)).sqrt()[:, None, None])
+        self.register_buffer("size", inputs.square().mean(2, keepdim=True).sqrt())  # of each layer and token
         self.start = torch.nn.Parameter(inputs / self.size)
         self.inner = torch.nn.Parameter(torch.randn(n, k, INNER, generator=torch.Generator().manual_seed(0)) / k**0.5)
         self.outer = torch.nn.Parameter(torch.zeros(n, INNER, SLOTS * d))
@@ -125,7 +127,9 @@ class Slots(torch.nn.Module):
     def keys_values(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, k) -> keys and values (n_layer, B, n_head_kv, SLOTS, d_head)."""
         s, base = self._base.shape, self._base
-        hidden = torch.einsum("lbi,lio->lbo", F.silu(torch.einsum("bk,lki->lbi", z, self.inner)), self.outer)
+        hidden = torch.einsum(
+            "lbi,lio->lbo", F.silu(torch.einsum("bk,lki->lbi", z / self._spread, self.inner)), self.outer
+        )
         states = self.size[:, None] * (self.start[:, None] + hidden.view(*hidden.shape[:2], SLOTS, s.d_model))
         width = s.n_head_kv * s.d_head
         keys, values = [], []
@@ -374,17 +378,17 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.train_prompts, args.answers, args.train_tokens, args.steps, args.health_prompts = 6, 2, 8, 2, 1
         args.batch, args.pairs, args.prompts, args.max_tokens, args.users = 1, 8, 2, 8, "casual"
-    base, k = bench.reference, bench.pack.k
+    base = bench.reference
     corpus, layers = corpus_of(bench), other_blocks(bench)
     opening = bench.backend.render(user_prompt(prompts("pack")[0]))[:SLOTS]
     with torch.no_grad():
         _, outputs = base.hidden(torch.tensor([corpus.prompts[0] + corpus.answers[0]]), layers=layers)
-    size = torch.stack([x.float().square().mean().sqrt() for x in outputs])
+    size, spread = torch.stack([x.float().abs().median() for x in outputs]), corpus.latents.std(0)
     found: dict[str, Any] = {"shipped": {}}
     decoders: dict[str, tuple[Any, str]] = {"shipped": (Shipped(base, bench.pack.decoder), bench.pack.hash)}
     made: dict[str, tuple[Callable[[], Any], str]] = {
-        "added vectors": (lambda: Additive(base, k, layers, size), args.rates),
-        "key/value slots": (lambda: Slots(base, k, opening), args.slot_rates),
+        "added vectors": (lambda: Additive(base, spread, layers, size), args.rates),
+        "key/value slots": (lambda: Slots(base, spread, opening), args.slot_rates),
     }
     for name, (fresh, rates) in made.items():
         tried = [(trained(bench, name, decoder := fresh(), corpus, float(rate)), decoder) for rate in rates.split(",")]

@@ -533,7 +533,7 @@ def test_slots_that_hold_what_tokens_gave_are_those_tokens(tmp_path: Path, bench
     """Untrained, the adapter puts a chat's first four tokens ahead, whatever z is: scored and sampled as with them."""
     slots, base = bench["slots"], LlamaReference(write_gguf(tmp_path / "llama.gguf", "llama"))
     opening, prompt, answer = [5, 6, 7, 8], [9, 10, 11], [12, 13, 14]
-    ahead, array = slots.Slots(base, 3, opening).model(torch.tensor([1.0, -2.0, 0.5]))
+    ahead, array = slots.Slots(base, torch.ones(3), opening).model(torch.tensor([1.0, -2.0, 0.5]))
     assert array is None
     found = ahead.score([0] * 4 + prompt, answer)
     np.testing.assert_allclose(found, base.score(opening + prompt, answer), atol=1e-4)
@@ -553,7 +553,10 @@ def test_both_decoders_cost_each_answer_what_it_costs_alone_and_pass_gradients(
     torch.manual_seed(0)
     z = torch.randn(2, 3)
     prompts_, answers = [[9, 10, 11], [15, 16]], [[12, 13, 14], [17, 18]]
-    for decoder in (slots.Additive(base, 3, range(1, 3), torch.ones(2)), slots.Slots(base, 3, [5, 6, 7, 8])):
+    for decoder in (
+        slots.Additive(base, torch.ones(3), range(1, 3), torch.ones(2)),
+        slots.Slots(base, torch.ones(3), [5, 6, 7, 8]),
+    ):
         with torch.no_grad():
             for part in decoder.parameters():
                 part.add_(0.3 * torch.randn(part.shape))
