@@ -30,6 +30,7 @@ from common import (
     steering,
     timed,
     train_answers,
+    users_option,
     users_pairs,
 )
 from lora_dpo import tokenized
@@ -189,9 +190,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     p = parser("Win rates of prompts, a mean-difference vector and edge-align on the same pairs.")
-    p.add_argument(
-        "--users", metavar="A,B|GROUP", help="default: the eight attributes; groups: attributes, combined, validation"
-    )
+    users_option(p)
     p.add_argument("--pairs", type=int, default=100, help="pairs each arm may use")
     p.add_argument("--vectors-only", action="store_true", help="leave out the arms that write into the prompt")
     p.add_argument("--bipo", type=float, default=0.0, metavar="RATE", help="also train vectors, at this learning rate")

@@ -398,6 +398,24 @@ def reference_model(bench: Bench) -> Any:
     return LlamaReference(bench.base.path, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True)
+class ReferenceScorer:
+    """The PyTorch reference as what `edge_align.kl` measures. front: tokens ahead of every prompt."""
+
+    model: Any
+    front: Sequence[int] = ()
+
+    def score_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        vectors: SteeringVectors | None = None,
+    ) -> list[np.ndarray]:
+        array = None if vectors is None else vectors.array
+        return [self.model.score([*self.front, *p], c, array) for p, c in zip(prompts, completions, strict=True)]
+
+
 def steering_rows(bench: Bench, encoder: PreferenceEncoder | None, questions: Sequence[str]) -> np.ndarray:
     """`steering` as one array (n, n_layer, d_model), zeros where nothing is added."""
     zero = np.zeros((bench.pack.n_layer, bench.pack.d_model), np.float32)
@@ -422,6 +440,12 @@ def chosen_users(names: str | None) -> list[User]:
     if names in GROUPS:
         return list(GROUPS[names])
     return [user(name) for name in names.split(",")] if names else list(USERS)
+
+
+def users_option(p: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--users`, as `chosen_users` reads it."""
+    said = f"default: {default or 'the eight attributes'}; groups: {', '.join(GROUPS)}"
+    p.add_argument("--users", metavar="A,B|GROUP", default=default, help=said)
 
 
 def count_pairs(who: User, answers: Sequence[Sequence[str]]) -> int:

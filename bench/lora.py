@@ -29,11 +29,13 @@ from common import (
     learn_profile,
     main,
     parser,
+    ReferenceScorer,
     sample_rows,
     SEED,
     steering_rows,
     timed,
     train_answers,
+    users_option,
     users_pairs,
 )
 from lora_dpo import applied, build_hf, kept_training, LoRA, merged, PTuning, tokenized, train
@@ -43,7 +45,6 @@ from safetensors.torch import load_file
 
 from edge_align.kl import measured_kl, open_probe, Probe, sampled_probe, search_factor
 from edge_align.records import PreferencePair, SteeringVectors
-from edge_align.runtime.torch_ref import LlamaReference
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import bootstrap_interval, User, user, wins
 
@@ -144,7 +145,7 @@ class Trainer:
     def probe(self) -> Probe:
         """Base answers to prompts of the pack, scored in PyTorch."""
         found = sampled_probe(self.bench.backend, seed=SEED)
-        return open_probe(Scorer(self.bench.reference), found.prompts, found.completions)
+        return open_probe(ReferenceScorer(self.bench.reference), found.prompts, found.completions)
 
     def strength_at(self, adapter: Adapter, kl: float) -> tuple[float, float]:
         """What the adapter is to be multiplied by for this KL, and the KL there, measured in PyTorch."""
@@ -152,7 +153,7 @@ class Trainer:
 
         def kl_at(strength: float) -> float:
             with merged(self.bench.reference, parts, strength=strength) as model:
-                return measured_kl(Scorer(model), self.probe, None)
+                return measured_kl(ReferenceScorer(model), self.probe, None)
 
         return search_factor(kl_at, kl)
 
@@ -163,23 +164,6 @@ class Adapter:
 
     cost: dict[str, Any]
     path: Path
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """The PyTorch reference as what `edge_align.kl` measures."""
-
-    model: LlamaReference
-
-    def score_many(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        vectors: SteeringVectors | None = None,
-    ) -> list[np.ndarray]:
-        array = None if vectors is None else vectors.array
-        return [self.model.score(p, c, array) for p, c in zip(prompts, completions, strict=True)]
 
 
 def tune(trainer: Trainer, rate: float) -> dict[str, Any]:
@@ -211,7 +195,7 @@ def compare(
     if not bench.args.lora_only:
         seconds, profile = timed(lambda: learn_profile(bench, trainer.pairs(who, size)))
         vectors = steering_rows(bench, profile.encoder, unseen)
-        kl = measured_kl(Scorer(bench.reference), trainer.probe, SteeringVectors(vectors.mean(0)))
+        kl = measured_kl(ReferenceScorer(bench.reference), trainer.probe, SteeringVectors(vectors.mean(0)))
         stored = sum(array.nbytes for array in profile.encoder.to_tensors().values())
         cost = {"seconds": seconds, "stored_bytes": stored, "trained_on": "cpu", "kl": kl}
         arms.append((OURS, trainer.personal(unseen, cap, vectors), cost))
@@ -278,9 +262,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     p = parser("LoRA-DPO, tuned on validation people, against edge-align on the same pairs.")
     p.add_argument("--method", choices=tuple(METHODS), default="lora")
-    p.add_argument(
-        "--users", metavar="A,B|GROUP", help="default: the eight attributes; groups: attributes, combined, validation"
-    )
+    users_option(p)
     p.add_argument("--sizes", default="20,100,200", help="pairs learnt from")
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
     p.add_argument("--tune-prompts", type=int, default=64, help="validation prompts")

@@ -27,6 +27,7 @@ from common import (
     source_digest,
     steering_rows,
     train_answers,
+    users_option,
     users_pairs,
 )
 from rich.table import Table
@@ -200,9 +201,7 @@ def show(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 if __name__ == "__main__":
     p = parser("Random directions at equal KL, and the gate under shuffled and true verdicts.")
     p.add_argument("--part", choices=("directions", "gate", "both"), default="both")
-    p.add_argument(
-        "--users", metavar="A,B|GROUP", help="default: the eight attributes; groups: attributes, combined, validation"
-    )
+    users_option(p)
     p.add_argument("--directions", type=int, default=30, help="random latents per user")
     p.add_argument("--prompts", type=int, default=20, help="unseen prompts per direction")
     p.add_argument("--max-tokens", type=int, default=96)

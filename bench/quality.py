@@ -26,6 +26,7 @@ from common import (
     SEED,
     steering,
     train_answers,
+    users_option,
     users_pairs,
 )
 from rich.table import Table
@@ -203,9 +204,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     p = parser("Win rate of personal answers, fluency, and predicted against measured KL.")
-    p.add_argument(
-        "--users", metavar="A,B|GROUP", help="default: the eight attributes; groups: attributes, combined, validation"
-    )
+    users_option(p)
     p.add_argument("--sizes", default="100,20", help="pairs learnt from")
     p.add_argument("--flip", type=float, default=0.0, help="share of the verdicts that are the wrong way round")
     p.add_argument("--set", choices=("test", "validation"), default="test", help="which unseen prompts")

@@ -29,15 +29,18 @@ from common import (
     main,
     parser,
     progress,
+    ReferenceScorer,
     sample_rows,
     SEED,
     timed,
     train_answers,
+    users_option,
     users_pairs,
 )
+from lora_dpo import kept_training
 from quality import judged, other_judges
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from edge_align.features import open_encoder
 from edge_align.kl import measured_kl, open_probe, Probe, sampled_probe, search_factor
@@ -286,38 +289,20 @@ def trained(bench: Bench, name: str, decoder: Any, corpus: Corpus, rate: float) 
     args = bench.args
     named = [getattr(args, key) for key in ("train_prompts", "answers", "train_tokens", "steps", "batch", "seed")]
     kept = bench.keep("slots-trained", name, rate, *named, args.blocks, bench.pack.hash)
-    path = kept.path.with_suffix(".safetensors")
-    if not (kept.rows and path.is_file()):
+
+    def work() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         seconds, history = timed(lambda: train(bench, decoder, corpus, rate=rate, label=f"{name} at {rate:g}"))
-        save_file({key: part.detach().clone() for key, part in decoder.named_parameters()}, path)
-        kept.add({"seconds": seconds, "loss": history})
+        return {"seconds": seconds, "loss": history}, {key: p.detach() for key, p in decoder.named_parameters()}
+
+    cost, path = kept_training(kept, work)
     decoder.load_state_dict(load_file(path), strict=False)
     size = sum(part.numel() for part in decoder.parameters())
-    found = {"rate": rate, "parameters": size, **kept.rows[0], "health": health(bench, decoder, corpus)}
+    found = {"rate": rate, "parameters": size, **cost, "health": health(bench, decoder, corpus)}
     console.print(f"{name} at {rate:g}: held out, nats per token {found['health']}")
     return found
 
 
 # -- people --------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Scorer:
-    """A model under one latent as what `edge_align.kl` measures."""
-
-    model: LlamaReference
-    array: np.ndarray | None
-    front: list[int]
-
-    def score_many(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        vectors: SteeringVectors | None = None,
-    ) -> list[np.ndarray]:
-        assert vectors is None
-        return [self.model.score([*self.front, *p], c, self.array) for p, c in zip(prompts, completions, strict=True)]
-
-
 def answers_of(
     bench: Bench, decoder: Decoder, z: torch.Tensor, unseen: Sequence[str], name: str, label: str
 ) -> list[Answer]:
@@ -357,17 +342,20 @@ def compare(
         kept=bench.keep("rows", list(unseen), args.max_tokens, args.seed + SEED, str(bench.reference.dtype)),
         label="base answers",
     )
+    second = other_judges().get(who.name)
     rows: list[dict[str, Any]] = []
     target = 0.0
     for name, (decoder, depends) in decoders.items():
 
         def kl_at(factor: float, decoder: Decoder = decoder) -> float:
-            return measured_kl(Scorer(*decoder.model(factor * z), [bench.eos] * decoder.front), probe, None)
+            model, array = decoder.model(factor * z)
+            vectors = None if array is None else SteeringVectors(array)
+            return measured_kl(ReferenceScorer(model, [bench.eos] * decoder.front), probe, vectors)
 
         factor, kl = (1.0, kl_at(1.0)) if not rows else search_factor(kl_at, target)
         target = target or kl
         made = answers_of(bench, decoder, factor * z, unseen, name + depends, f"{who.name}: {name}")
-        row = judged(bench, who, list(unseen), made, base, other_judges().get(who.name))
+        row = judged(bench, who, list(unseen), made, base, second)
         rows.append({"user": who.name, "arm": name, "factor": factor, "kl": kl, "kl_at_zero": kl_at(0.0), **row})
         console.print(f"{who.name}, {name}: win {row['win_rate']:.2f}, nll x {row['nll_ratio']:.2f}, kl {kl:.3f}")
     return rows
@@ -398,7 +386,7 @@ def run(bench: Bench) -> dict[str, Any]:
     unseen = list(prompts("validation")[: args.prompts])
     short = {"answers": 2, "tokens": 8} if args.quick else {}
     sampled = sampled_probe(bench.backend, seed=SEED, **short)
-    probe = open_probe(Scorer(base, None, []), sampled.prompts, sampled.completions)
+    probe = open_probe(ReferenceScorer(base), sampled.prompts, sampled.completions)
     rows = [row for who in chosen_users(args.users) for row in compare(bench, who, decoders, probe, unseen)]
     show(rows)
     keys = ("win_rate", "nll_ratio", "distinct2_ratio", "kl")
@@ -416,7 +404,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     p = parser("The paper's key/value slots against additive steering: same losses, same answers, same people.")
-    p.add_argument("--users", metavar="A,B|GROUP", default="casual,formal,hedged,assertive", help="validation people")
+    users_option(p, "casual,formal,hedged,assertive")
     p.add_argument("--pairs", type=int, default=100)
     p.add_argument("--prompts", type=int, default=48, help="unseen validation prompts")
     p.add_argument("--max-tokens", type=int, default=64)

@@ -101,24 +101,16 @@ def built(tmp_path_factory: pytest.TempPathFactory, base_path: Path) -> Any:
 
     (the home it was built in, the report, progress as it was told, when each kept file was written in the stopped run)
     """
+    from dataclasses import replace
+
+    from reference.small_pack import SMALL
+
     from edge_align.config import RuntimeConfig
     from edge_align.home import Home
-    from edge_align_export.linear import LinearConfig
     from edge_align_export.pack import build_pack
 
-    config = LinearConfig(
-        prompts=20,  # sampled, and kept, 16 at a time
-        answers=2,
-        max_tokens=16,
-        k=12,  # more than 40 answers can carry
-        metric_answers=2,
-        metric_tokens=8,
-        curve_points=4,
-        loop_latents=2,
-        loop_prompts=2,
-        base_draws=1,
-        loop_tokens=8,
-    )
+    # prompts are sampled, and kept, 16 at a time; 12 latents are more than 40 answers can carry
+    config = replace(SMALL, prompts=20, answers=2, max_tokens=16)
     home, runtime = Home(tmp_path_factory.mktemp("built")), RuntimeConfig(n_threads=1, n_ctx=512)
 
     def stop_late(stage: str, done: float) -> None:

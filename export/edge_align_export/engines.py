@@ -6,7 +6,7 @@ An engine is a line in ENGINES: what it takes, and how to open it. PyTorch in fl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,22 @@ def is_hf_folder(path: Path) -> bool:
 
 @contextmanager
 def open_torch(path: Path, _runtime: RuntimeConfig) -> Iterator[Score]:
-    """The file's own weights, dequantised, in float32: our own reference, or transformers where that computes it."""
-    from edge_align.runtime.torch_ref import LlamaReference
-    from edge_align_export.hooked import HookedModel
-
-    model: LlamaReference | HookedModel
-    try:
-        model = LlamaReference(path) if is_gguf(path) else HookedModel.open(path)
-    except BackendUnavailable:
-        if not is_gguf(path):
-            raise
-        model = HookedModel.open(path)
+    """The file's own weights, dequantised, in float32."""
+    model = _open_model(path)
     yield lambda prompt, completion, vectors: model.score(
         prompt, completion, None if vectors is None else vectors.array
     )
+
+
+def _open_model(path: Path) -> Any:
+    """Our own reference, or transformers for what that does not compute."""
+    from edge_align.runtime.torch_ref import LlamaReference
+    from edge_align_export.hooked import HookedModel
+
+    if is_gguf(path):
+        with suppress(BackendUnavailable):
+            return LlamaReference(path)
+    return HookedModel.open(path)
 
 
 @contextmanager

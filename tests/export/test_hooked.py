@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from reference.small_pack import SMALL
 
 from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, CorruptArtefact
@@ -16,25 +17,12 @@ from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap import ClapConfig
 from edge_align_export.clap_loss import freeze, FrozenDecoder, HookedDecoder, make_batch
 from edge_align_export.hooked import HookedModel
-from edge_align_export.linear import LinearConfig
 from edge_align_export.pack import build_pack
 from scripts.tiny_models import LAYERS, WIDTH, write_gguf
 
 ONE = RuntimeConfig(n_threads=1, n_ctx=256)
 STEERED = range(1, 3)
 PROMPTS, ANSWERS = [[5, 6, 7, 8], [40, 41], [9, 10, 11]], [[12, 13, 14], [42, 43, 44, 45, 46], [20]]
-SMALL = LinearConfig(
-    k=12,
-    prompts=8,
-    max_tokens=24,
-    metric_answers=2,
-    metric_tokens=8,
-    curve_points=4,
-    loop_latents=2,
-    loop_prompts=2,
-    base_draws=1,
-    loop_tokens=8,
-)
 
 
 @pytest.fixture(scope="module")

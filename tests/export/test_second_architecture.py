@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference.small_pack import SMALL
 from reference.verdicts import TOPICS, write
 
 from edge_align.assistant import Assistant
@@ -15,23 +16,10 @@ from edge_align.personalize import evaluate, personalize, Source
 from edge_align.records import user_prompt
 from edge_align.registry import find_pack
 from edge_align.runtime.activations import ActivationReader
-from edge_align_export.linear import LinearConfig
 from edge_align_export.pack import build_pack
 from scripts.tiny_models import LAYERS, WIDTH, write_gguf
 
 ONE = RuntimeConfig(n_threads=1, n_ctx=256)
-SMALL = LinearConfig(
-    k=12,
-    prompts=8,
-    max_tokens=24,
-    metric_answers=2,
-    metric_tokens=8,
-    curve_points=4,
-    loop_latents=2,
-    loop_prompts=2,
-    base_draws=1,
-    loop_tokens=8,
-)
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma"])
