@@ -92,12 +92,18 @@ class Trainer:
         lora = LoRA(rank=args.rank, alpha=2 * args.rank, epochs=args.epochs)
         self.settings = lora if args.method == "lora" else PTuning(epochs=args.epochs)
         self.name = METHODS[args.method]
-        self.questions, self.answers = train_answers(bench)
+        self.questions, whole = train_answers(bench)
+        self.answers = [[self._cut(text) for text in texts] for texts in whole]
         self.second = other_judges()
 
     @cached_property
     def base(self) -> Any:
         return build_hf(self.bench).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _cut(self, text: str) -> str:
+        """The first --answer-tokens tokens of an answer."""
+        backend, most = self.bench.backend, self.bench.args.answer_tokens
+        return backend.detokenize(backend.tokenize(text)[:most]) if most else text
 
     def pairs(self, who: User, size: int) -> list[PreferencePair]:
         n = 8 if self.bench.args.quick else size
@@ -124,12 +130,11 @@ class Trainer:
         """Train once; kept."""
         bench, pairs = self.bench, self.pairs(who, size)
         texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
-        named = [*asdict(settings).values(), bench.args.dtype, bench.args.seed, bench.args.train_tokens]
+        named = [*asdict(settings).values(), bench.args.dtype, bench.args.seed]
         kept = bench.keep("trained", type(settings).__name__, named, texts)
 
         def work() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-            rows = tokenized(bench, pairs, most=bench.args.train_tokens)
-            return train(self.base, rows, settings, dtype=bench.args.dtype, seed=bench.args.seed)
+            return train(self.base, tokenized(bench, pairs), settings, dtype=bench.args.dtype, seed=bench.args.seed)
 
         return Adapter(*kept_training(kept, work))
 
@@ -271,7 +276,7 @@ if __name__ == "__main__":
     p.add_argument(
         "--tuners", default="casual,formal,hedged,assertive", metavar="A,B", help="validation people that choose one"
     )
-    p.add_argument("--train-tokens", type=int, default=0, help="of an answer that theirs train on; 0: all")
+    p.add_argument("--answer-tokens", type=int, default=0, help="that people see, and all learn from; 0: whole answers")
     p.add_argument("--epochs", type=int, default=3)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the base; adapters are float32")

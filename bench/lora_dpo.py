@@ -178,12 +178,12 @@ def build_hf(bench: Bench) -> Any:
 
 
 # -- training ------------------------------------------------------------------------------------------------------
-def tokenized(bench: Bench, pairs: Sequence[PreferencePair], *, most: int = 0) -> list[Rows]:
-    """Chosen and rejected answer of each pair, with the end of text; most: tokens of an answer, unless 0."""
+def tokenized(bench: Bench, pairs: Sequence[PreferencePair]) -> list[Rows]:
+    """Chosen and rejected answer of each pair, with the end of text."""
     rows: list[Rows] = []
     for pair in pairs:
         prompt = bench.backend.render(pair.prompt)
-        answers = [[*bench.backend.tokenize(text), bench.eos][: most or None] for text in (pair.chosen, pair.rejected)]
+        answers = [[*bench.backend.tokenize(text), bench.eos] for text in (pair.chosen, pair.rejected)]
         rows.append([(prompt, answer) for answer in answers])
     return rows
 
