@@ -33,10 +33,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from edge_align.bases import find_base  # noqa: E402
 from edge_align.config import PersonalizeConfig, RuntimeConfig, SamplingConfig  # noqa: E402
 from edge_align.encoder import PreferenceEncoder  # noqa: E402
-from edge_align.errors import EdgeAlignError  # noqa: E402
+from edge_align.errors import BackendUnavailable, EdgeAlignError  # noqa: E402
 from edge_align.features import prompt_features  # noqa: E402
 from edge_align.gguf_tensors import GGUFTensors  # noqa: E402
 from edge_align.home import Home  # noqa: E402
+from edge_align.kl import log_softmax  # noqa: E402
 from edge_align.latent_dpo import LatentFeedback  # noqa: E402
 from edge_align.learning import calibrate, Checked, encode_dataset, keep_fluent, learn, Learnt  # noqa: E402
 from edge_align.pairs import build, Dataset  # noqa: E402
@@ -426,12 +427,29 @@ def nll_under_base(bench: Bench, questions: Sequence[str], answers: Sequence[Ans
     """Mean negative log-likelihood under the unsteered base, nats per token over all tokens of all answers."""
     kept = bench.keep("nll", list(questions), [answer.tokens for answer in answers])
     jobs = list(zip(questions, answers, strict=True))[len(kept.rows) :]
-    if jobs:  # the PyTorch reference reads whole texts several times faster than llama.cpp on a processor with bf16
-        rendered = [bench.backend.render(user_prompt(question)) for question, _ in jobs]
-        for scores in bench.reference.log_probs(rendered, [answer.tokens for _, answer in jobs]):
-            kept.add([float(-scores.sum()), len(scores)])
+    rendered = [bench.backend.render(user_prompt(question)) for question, _ in jobs]
+    for scores in _log_probs(bench, rendered, [answer.tokens for _, answer in jobs]):
+        kept.add([float(-scores.sum()), len(scores)])
     total, count = np.sum(kept.rows, axis=0)
     return float(total / max(1, count))
+
+
+def _log_probs(
+    bench: Bench, rendered: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Iterator[np.ndarray]:
+    """Log-probability of every token of each answer under the unsteered base.
+
+    The PyTorch reference reads whole texts several times faster than llama.cpp on a processor with bfloat16, where it
+    computes the architecture.
+    """
+    if not answers:
+        return
+    try:
+        yield from bench.reference.log_probs(rendered, answers)
+    except BackendUnavailable:
+        for prompt, tokens in zip(rendered, answers, strict=True):
+            rows = np.arange(len(tokens))
+            yield log_softmax(bench.backend.score(prompt, tokens, vectors=None))[rows, tokens] if tokens else rows
 
 
 # -- users ---------------------------------------------------------------------------------------------------------

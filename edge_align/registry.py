@@ -81,12 +81,15 @@ def find_folder(base: BaseModel, home: Home) -> Path:
     minutes = estimate_minutes(base)
     raise PackMissing(
         f"{base.id} has no latent pack yet; build one with: edge-align export pack --model {base.path} "
-        f"(about {minutes:.0f} minutes on this machine)"
+        f"(up to about {minutes:.0f} minutes on this machine)"
     )
 
 
 def estimate_minutes(base: BaseModel) -> float:
-    """How long `export pack --recipe linear` takes here, from the file's size and the processors."""
+    """How long `export pack --recipe linear` takes at most here, from the file's size and the processors.
+
+    A base whose answers are shorter than the longest that is sampled needs less.
+    """
     import os
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -35,8 +35,8 @@ def byte_tokens() -> list[str]:
     return [chr(byte if byte in printable else next(rest)) for byte in range(256)]
 
 
-def write_gguf(path: Path, architecture: str = "qwen2", *, seed: int = 0) -> Path:
-    """Random weights in F32; the same seed gives the same file."""
+def write_gguf(path: Path, architecture: str = "qwen2", *, seed: int = 0, chat: bool = True) -> Path:
+    """Random weights in F32; the same seed gives the same file. chat: with a template and the tokens of turns."""
     import gguf
 
     rng = np.random.default_rng(seed)
@@ -44,7 +44,8 @@ def write_gguf(path: Path, architecture: str = "qwen2", *, seed: int = 0) -> Pat
     def random(*shape: int) -> np.ndarray:
         return (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
 
-    tokens = [*CONTROL, *byte_tokens(), *(merge.replace(" ", "") for merge in MERGES)]
+    control = CONTROL if chat else ["<|endoftext|>", "<unused0>", "<unused1>"]
+    tokens = [*control, *byte_tokens(), *(merge.replace(" ", "") for merge in MERGES)]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(f"tiny random {architecture}")
     writer.add_block_count(LAYERS)
@@ -56,12 +57,13 @@ def write_gguf(path: Path, architecture: str = "qwen2", *, seed: int = 0) -> Pat
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2" if architecture == "qwen2" else "gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(CONTROL) + [1] * (len(tokens) - len(CONTROL)))
+    writer.add_token_types([3] * len(control) + [1] * (len(tokens) - len(control)))
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(0)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(2 if chat else 0)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
+    if chat:
+        writer.add_chat_template(TEMPLATE)
     for name, array in tensors.items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

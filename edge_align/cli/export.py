@@ -82,7 +82,7 @@ def pack(
     sizes = {"prompts": prompts, "answers": answers}
     training = {"steps": steps, "prompts": batch}
     base = find_base(model, home=home)
-    time = "minutes" if fast else f"about {max(1, round(estimate_minutes(base))):,} minutes on this machine"
+    time = "minutes" if fast else f"up to about {max(1, round(estimate_minutes(base))):,} minutes on this machine"
     say(f"Building the latent pack of {base.id}; this takes {time}. If it is stopped, repeat the command to go on.")
     with stages(lines=True) as progress:
         report = build_pack(

@@ -19,6 +19,7 @@ from edge_align.config import SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, InputError, ModelLoadError
 from edge_align.gguf_header import read_header
 from edge_align.records import SteeringVectors, TokenLogprob
+from edge_align.runtime.template import CHATML_START, ends_line, fallback, PLAIN
 
 TEXT_LIMIT = 16 * 2**20  # bytes of one text to tokenise
 PENALTY_TOKENS = 1024  # newest tokens of an answer that presence and frequency penalties look at
@@ -146,6 +147,11 @@ class NativeModel:
         return self._piece_buffer.raw[:n]
 
     def is_end(self, token: int) -> bool:
+        """Does the token end an answer?"""
+        return self.is_turn_end(token) or (self.chat_template == PLAIN and ends_line(self.piece(token)))
+
+    def is_turn_end(self, token: int) -> bool:
+        """Is it a control token that ends a turn or a text?"""
         return bool(self.C.llama_vocab_is_eog(self.vocab, token))
 
     @property
@@ -162,10 +168,13 @@ class NativeModel:
     def adds_bos(self) -> bool:
         return bool(self.C.llama_vocab_get_add_bos(self.vocab))
 
-    @property
-    def chat_template(self) -> str | None:
+    @functools.cached_property
+    def chat_template(self) -> str:
+        """The model's own, or what stands in for it."""
         text = self.C.llama_model_chat_template(self._model, None)
-        return text.decode("utf-8", "replace") if text else None
+        if text:
+            return str(text.decode("utf-8", "replace"))
+        return fallback(len(self.tokenize(CHATML_START, special=True)) == 1)
 
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str] | None:

@@ -250,7 +250,7 @@ class LlamaCppBackend:
         Between two parts it yields an empty chunk, so that whoever has other answers to give can do so meanwhile.
         """
         context, turn = self._context, self._turn
-        keep, ends = common_prefix(self._cached, tokens), part_ends(tokens, self._model.is_end, context.n_batch)
+        keep, ends = common_prefix(self._cached, tokens), part_ends(tokens, self._model.is_turn_end, context.n_batch)
         if not keep == len(tokens) == len(self._cached):
             keep = max((end for end in ends[:-1] if end <= keep), default=0)
         if not context.forget(0, keep):  # also what an answer that was never ended has decoded

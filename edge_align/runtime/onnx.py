@@ -41,7 +41,7 @@ from edge_align.runtime.onnx_rows import OnnxRow, OnnxRows, same_in_any_batch
 from edge_align.runtime.onnx_session import check_graph, library, OnnxDecoder, open_session
 from edge_align.runtime.sampling import draw
 from edge_align.runtime.stream_text import TextStream
-from edge_align.runtime.template import ChatTemplate, render_tokens
+from edge_align.runtime.template import CHATML, ChatTemplate, render_tokens
 from edge_align.runtime.tokenizer import Tokenizer
 from edge_align.runtime.tokens import common_prefix, rate
 
@@ -154,7 +154,7 @@ class OnnxBackend:
     def template(self) -> ChatTemplate:
         """The model's chat template. Raises ModelLoadError when it is broken."""
         model = self._model
-        source = (model.folder / TEMPLATE).read_text(encoding="utf-8") if model.has_template else None
+        source = (model.folder / TEMPLATE).read_text(encoding="utf-8") if model.has_template else CHATML
         bos, eos = (
             "" if token is None else self._tokenizer.text_of(token).decode("utf-8", "replace")
             for token in (model.bos, model.ends[0] if model.ends else None)

@@ -21,11 +21,29 @@ STEP_LIMIT = 100_000  # numbers that all calls of range() together may give
 TIME_LIMIT_SEC = 5.0
 NO_TOOLS = "this model's chat template has no tools; leave out tools and messages of role tool"
 
+CHATML_START = "<|im_start|>"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""For a GGUF without a template (what llama.cpp falls back to)."""
+"""For a model without a template that has ChatML's tokens."""
+
+PLAIN = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% else %}"
+    "{{ ('Question' if message['role'] == 'user' else 'Answer') + ':\n' + message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:\n' }}{% endif %}"
+)
+"""For a model without either, which was never taught to take turns: its answers end with their line (decision 0014)."""
+
+
+def fallback(has_chatml: bool) -> str:
+    """The template of a model that has none."""
+    return CHATML if has_chatml else PLAIN
+
+
+def ends_line(piece: bytes) -> bool:
+    """Does a token end an answer in PLAIN?"""
+    return b"\n" in piece
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -41,14 +59,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled template. `reason` says where it came from, `takes_tools` whether it reads a list of tools.
+    """A compiled template. `takes_tools`: does it read a list of tools?
 
     Raises ModelLoadError when it is too long or is not a template.
     """
 
-    def __init__(self, source: str | None, *, bos_token: str = "", eos_token: str = "") -> None:
-        self.reason = "the model's own template" if source else "chatml: the model file has no chat template"
-        source = source or CHATML
+    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
         if len(source) > SOURCE_LIMIT:
             raise ModelLoadError(f"the model's chat template is longer than {SOURCE_LIMIT} characters")
         environment = _Environment(

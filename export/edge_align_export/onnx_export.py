@@ -76,8 +76,7 @@ def export_onnx(
         _write_graphs(checkpoint, partial, precision, lambda n: tell("write", min(1.0, n / needed)))
     tell("write", 1.0)
     write_atomic(partial / TOKENIZER, tokenizer.document.encode())
-    if tokenizer.template is not None:
-        write_atomic(partial / TEMPLATE, tokenizer.template.encode())
+    write_atomic(partial / TEMPLATE, tokenizer.template.encode())
     tell("seal", 0.0)
     files = {path.name: path for path in sorted(partial.iterdir())}
     size = sum(path.stat().st_size for path in files.values())

@@ -15,6 +15,8 @@ from edge_align.errors import BackendUnavailable, ModelLoadError
 from edge_align.files import parse_json_object, shown
 from edge_align.gguf_header import read_header
 from edge_align.runtime.llama_native import NativeModel
+from edge_align.runtime.template import CHATML_START, ends_line, fallback, PLAIN
+from edge_align.runtime.tokenizer import Tokenizer
 
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
@@ -50,7 +52,7 @@ class ExportedTokenizer:
     """What travels along: the text of tokenizer.json, the chat template, and the tokens the engine must know."""
 
     document: str
-    template: str | None
+    template: str
     bos: int | None
     adds_bos: bool
     ends: tuple[int, ...]
@@ -139,9 +141,9 @@ def _bpe_document(tokens: list[str], types: list[int], merges: list[str], patter
 
 def _check_against(model: NativeModel, document: str, path: Path) -> None:
     """Refuse a tokenizer that splits any probe otherwise than llama.cpp does."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer as Library
 
-    rebuilt = Tokenizer.from_str(document)
+    rebuilt = Library.from_str(document)
     for text in PROBES:
         for special in (True, False):
             rebuilt.encode_special_tokens = not special
@@ -154,14 +156,14 @@ def _check_against(model: NativeModel, document: str, path: Path) -> None:
 
 # -- Hugging Face --------------------------------------------------------------------------------------------------
 def _from_folder(folder: Path) -> ExportedTokenizer:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer as Library
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelLoadError(f"{shown(folder)} has no tokenizer.json; save the tokenizer in its fast form first")
     document = path.read_text(encoding="utf-8")
     try:
-        library = Tokenizer.from_str(document)
+        library = Library.from_str(document)
     except Exception as error:  # the library raises bare Exception
         raise ModelLoadError(
             f"{shown(path)} is not a usable tokenizer: {' '.join(str(error).split())[:120]}"
@@ -174,7 +176,11 @@ def _from_folder(folder: Path) -> ExportedTokenizer:
     bos = library.token_to_id(_content(config.get("bos_token")) or "")
     adds_bos = bos is not None and library.encode("a").ids[:1] == [bos]
     known = dict.fromkeys(token for token in ends if token is not None)
-    return ExportedTokenizer(document, _template(folder, config), bos, adds_bos, tuple(known))
+    template = _template(folder, config) or fallback(library.token_to_id(CHATML_START) is not None)
+    if template == PLAIN:
+        tokenizer = Tokenizer(path)
+        known |= dict.fromkeys(i for i in range(tokenizer.n_vocab) if ends_line(tokenizer.piece(i)))
+    return ExportedTokenizer(document, template, bos, adds_bos, tuple(known))
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:

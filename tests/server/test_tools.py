@@ -16,7 +16,7 @@ from edge_align.config import RuntimeConfig, SamplingConfig, ServerConfig
 from edge_align.home import Home
 from edge_align.records import user_prompt
 from edge_align.runtime.fake import END, FakeBackend, START
-from edge_align.runtime.template import ChatTemplate, render_tokens
+from edge_align.runtime.template import CHATML, ChatTemplate, render_tokens
 from edge_align.server.grammar import grammar_of
 from edge_align.server.tools import CallReader, forced
 
@@ -238,7 +238,7 @@ def test_a_template_without_tools_refuses_them_and_props_says_which_it_is(told, 
         assert reply.status == 400 and "has no tools" in reply.json["error"]["message"]
     assert fake.ask("GET", "/props").json["chat_template_caps"] == {"supports_tools": False}
     assert told.ask("GET", "/props").json["chat_template_caps"] == {"supports_tools": True}
-    assert not ChatTemplate(None).takes_tools and not ChatTemplate("{# tools #}").takes_tools
+    assert not ChatTemplate(CHATML).takes_tools and not ChatTemplate("{# tools #}").takes_tools
     assert ChatTemplate("{% if not tools is defined %}{% set tools = none %}{% endif %}").takes_tools
 
 
