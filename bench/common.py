@@ -117,6 +117,7 @@ def provenance(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
         "base": bench.base.id,
+        "base_about": f"{bench.base.header.architecture}, {bench.base.n_layer} blocks of width {bench.base.d_model}",
         "base_hash": bench.base.hash,
         "pack_hash": bench.pack.hash if "pack" in bench.__dict__ else None,
         "options": {key: value for key, value in vars(bench.args).items() if key not in hidden},

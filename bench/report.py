@@ -15,7 +15,7 @@ from report_arms import alternatives, arms_of, PROMPTED
 from report_cost import contention, latency, scale, serving
 from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table
 from report_plots import draw_all
-from report_quality import combined, curves, flipped, quality, quality_of, SIZES
+from report_quality import combined, curves, flipped, other_base, quality, quality_of, SIZES
 from report_trained import AT_KL, LORA, lora, ptuning, training_time, tried_of
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -119,6 +119,7 @@ SECTIONS = (
     ("With more pairs, and fewer", curves),
     ("Tastes of three parts", combined),
     ("When verdicts are wrong", flipped),
+    ("Another base", other_base),
     ("Beside what people would use instead", alternatives),
     ("Beside a LoRA for every person", lora),
     ("Beside virtual tokens for every person", ptuning),
@@ -131,7 +132,7 @@ SECTIONS = (
     ("The server", serving),
 )
 
-UNMEASURED = (combined, curves, lora, ptuning)
+UNMEASURED = (combined, curves, lora, other_base, ptuning)
 """Sections that are left out while they have no result; any other one must have its own."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ class Results:
         found = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("*.json")]
         self._all: list[Result] = sorted(found, key=lambda result: (result["date"], result["file"]))
 
-    def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True) -> Result:
-        """Raises NoResult when there is none."""
+    def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True, shipped: bool = True) -> Result:
+        """Of a base that a pack is shipped for, or of any other. Raises NoResult when there is none."""
         for result in reversed(self._all):
-            if result["script"] == script and not result["options"].get("quick") and where(result):
+            own = _of_shipped_base(result) == shipped
+            if result["script"] == script and own and not result["options"].get("quick") and where(result):
                 return result
         raise NoResult(f"no result of {script}.py under {RESULTS}")
 
@@ -55,8 +57,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def earlier(result: Result) -> str:
     """A remark where the pack has been replaced since."""
-    shipped = {json.loads(path.read_text())["tensors_sha256"] for path in MODELS.glob("*/manifest.json")}
-    return "" if result.get("pack_hash") in {None, *shipped} else " (by an earlier pack)"
+    known = {None, *_shipped("tensors_sha256")}
+    return "" if result.get("pack_hash") in known or not _of_shipped_base(result) else " (by an earlier pack)"
+
+
+def _of_shipped_base(result: Result) -> bool:
+    """Is it of a base that a pack is shipped for?"""
+    return result.get("base_hash") in {None, *_shipped("base_hash")}
+
+
+@cache
+def _shipped(field: str) -> frozenset[str]:
+    """A field of the shipped packs' manifests."""
+    return frozenset(json.loads(path.read_text())[field] for path in MODELS.glob("*/manifest.json"))
 
 
 def source(result: Result) -> str:

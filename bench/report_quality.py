@@ -58,6 +58,18 @@ def combined(results: Results) -> str:
     return f"{said}\n\n{judged(*quality_of(results, SIZES[0], users=COMBINED))}"
 
 
+def other_base(results: Results) -> str:
+    """The eight attributes on a base of another architecture; NoResult while none was measured."""
+    result = results.newest("quality", shipped=False)
+    sizes = sorted({row["pairs"] for row in result["users"]}, reverse=True)
+    said = (
+        f"{result['base']}: {result['base_about']}. Its pack is made by `edge-align export pack --recipe linear`, in "
+        "llama.cpp alone, and nothing was tuned for it."
+    )
+    tables = [judged(result, [row for row in result["users"] if row["pairs"] == size]) for size in sizes]
+    return "\n\n".join([said, *tables])
+
+
 def judged(result: Result, rows: list[Result]) -> str:
     """A table of people at one number of pairs, their mean, and where it is from."""
     body = [
