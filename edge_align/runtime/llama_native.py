@@ -150,6 +150,12 @@ class NativeModel:
         """Does the token end an answer?"""
         return self.is_turn_end(token) or (self.chat_template == PLAIN and ends_line(self.piece(token)))
 
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end an answer, first the usual one."""
+        usual = self.tokenize("\n", special=False)[-1] if self.chat_template == PLAIN else self.eos
+        return tuple(sorted(filter(self.is_end, range(self.n_vocab)), key=lambda token: token != usual))
+
     def is_turn_end(self, token: int) -> bool:
         """Is it a control token that ends a turn or a text?"""
         return bool(self.C.llama_vocab_is_eog(self.vocab, token))

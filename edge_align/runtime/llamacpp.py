@@ -118,6 +118,12 @@ class LlamaCppBackend:
         )
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end an answer, first the usual one."""
+        self._check_open()
+        return self._model.ends
+
+    @property
     def takes_tools(self) -> bool:
         return self.template.takes_tools
 

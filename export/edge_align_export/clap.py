@@ -66,7 +66,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is trained on: rows[g] are the answers (indices) to prompt g; ends: the token an answer ended with."""
+    """What is trained on: rows[g] are the answers (indices) to prompt g; end: the token an answer ended with."""
 
     answers: Answers
     features: np.ndarray

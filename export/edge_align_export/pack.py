@@ -32,7 +32,7 @@ from edge_align_export.curves import save_curves
 from edge_align_export.hooked import HookedModel
 from edge_align_export.linear import LinearConfig, LinearPack, reopened, retrained, solve
 from edge_align_export.measure import closed_loop, measure
-from edge_align_export.passes import end_token, open_passes, Passes, TorchPasses
+from edge_align_export.passes import end_tokens, open_passes, Passes, TorchPasses
 from edge_align_export.score import rescored, ScoreConfig
 from edge_align_export.texts import Answers, committed_answers, read_answers, sample_answers, States
 
@@ -103,7 +103,7 @@ def build_pack(
             pack = reopened(read_by, features=material.features, groups=material.groups)
         layers, history, health = steered_layers(base, score or config), [], {"r2": round(pack.r2, 4)}
         if reference is not None:
-            corpus = Corpus(answers, material.features, config.max_tokens, end_token(base))
+            corpus = Corpus(answers, material.features, config.max_tokens, end_tokens(backend)[0])
             if score is not None:
                 pack, gain = rescored(pack, reference, corpus, layers, score, work=work, tell=stage("scores"))
                 health["first_order_gain"] = round(gain, 4)

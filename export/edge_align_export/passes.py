@@ -67,15 +67,14 @@ class Passes(Protocol):
 class TorchPasses:
     """PyTorch, a batch of rows at a time, each with vectors of its own; bfloat16 where the processor multiplies it.
 
-    Raises BackendUnavailable for an architecture it does not compute.
+    ends: tokens that end an answer. Raises BackendUnavailable for an architecture it does not compute.
     """
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, ends: Sequence[int]) -> None:
         import torch
 
         from edge_align.runtime.torch_ref import fastest, LlamaReference
 
-        end = end_token(base)
         device, dtype = fastest()
         cuda = device == "cuda"
         where = f" on {torch.cuda.get_device_name()}" if cuda else ""
@@ -83,7 +82,7 @@ class TorchPasses:
             f"PyTorch in {str(dtype).removeprefix('torch.')}{where}: it decodes many rows at once faster than llama.cpp"
         )
         self.prompts_at_once, self._batch = (128, 8 * BATCH) if cuda else (16, BATCH)
-        self.model, self.end = LlamaReference(base.path, dtype=dtype, device=device), end
+        self.model, self.ends = LlamaReference(base.path, dtype=dtype, device=device), [*ends]
 
     def sample(
         self, prompts: Sequence[Sequence[int]], *, sampling: SamplingConfig, vectors: Vectors | None = None
@@ -95,8 +94,8 @@ class TorchPasses:
         if vectors is not None and any(v is not None for v in vectors):
             shape = (self.model.shape.n_layer, self.model.shape.d_model)
             steering = np.stack([np.zeros(shape, np.float32) if v is None else v.array for v in vectors])
-        made = sample(self.model, prompts, sampling=sampling, eos=[self.end], vectors=steering, batch=self._batch)
-        return [[token for token in tokens if token != self.end] for tokens in made]
+        made = sample(self.model, prompts, sampling=sampling, eos=self.ends, vectors=steering, batch=self._batch)
+        return [[token for token in tokens if token not in self.ends] for tokens in made]
 
     def sample_and_read(
         self,
@@ -114,11 +113,11 @@ class TorchPasses:
             prompts,
             layers=layers,
             sampling=sampling,
-            eos=[self.end],
+            eos=self.ends,
             batch=self._batch,
             positions=positions,
         )
-        return [[token for token in tokens if token != self.end] for tokens in made], means
+        return [[token for token in tokens if token not in self.ends] for tokens in made], means
 
     def mean_hidden(
         self,
@@ -188,17 +187,16 @@ class NativePasses:
             self._reader.close()
 
 
-def end_token(base: BaseModel) -> int:
-    """The token that ends a text. Raises BackendUnavailable where the base does not say."""
-    end = base.header.metadata.get("tokenizer.ggml.eos_token_id")
-    if not isinstance(end, int):
-        raise BackendUnavailable(f"{base.path} does not say which token ends a text")
-    return end
+def end_tokens(backend: LlamaCppBackend) -> tuple[int, ...]:
+    """Tokens that end an answer, first the usual one. Raises BackendUnavailable where the base does not say."""
+    if not backend.ends:
+        raise BackendUnavailable("the base does not say which token ends a text")
+    return backend.ends
 
 
 def open_passes(base: BaseModel, backend: LlamaCppBackend, *, runtime: RuntimeConfig) -> Passes:
     """PyTorch where it computes the architecture, else llama.cpp."""
     try:
-        return TorchPasses(base)
+        return TorchPasses(base, end_tokens(backend))
     except BackendUnavailable:
         return NativePasses(base, backend, runtime=runtime)

@@ -55,7 +55,7 @@ class ExportedTokenizer:
     template: str
     bos: int | None
     adds_bos: bool
-    ends: tuple[int, ...]
+    ends: tuple[int, ...]  # the first one is what templates call eos_token
 
 
 def read_tokenizer(source: Path) -> ExportedTokenizer:
@@ -79,10 +79,7 @@ def _from_gguf(path: Path) -> ExportedTokenizer:
     document = json.dumps(_bpe_document(tokens, types, merges, PRE_TOKENIZERS[str(pre)]), ensure_ascii=False)
     with closing(NativeModel(path)) as model:
         _check_against(model, document, path)
-        ends = [token for token in range(model.n_vocab) if model.is_end(token)]
-        if model.eos in ends:  # first: templates call it eos_token
-            ends = [model.eos, *(token for token in ends if token != model.eos)]
-        return ExportedTokenizer(document, model.chat_template, model.bos, model.adds_bos, tuple(ends))
+        return ExportedTokenizer(document, model.chat_template, model.bos, model.adds_bos, model.ends)
 
 
 def _vocabulary(path: Path) -> tuple[list[str], list[int], list[str]]:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from edge_align.bases import find_base
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.records import Message
 from edge_align.runtime.llamacpp import LlamaCppBackend
 from edge_align.runtime.template import PLAIN
+from edge_align_export.passes import open_passes
 from edge_align_export.tokenizer_json import read_tokenizer
 from scripts.tiny_models import write_gguf, write_hf
 
@@ -21,7 +23,7 @@ PROMPT = (Message("user", "Why?\nOr not?"),)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("plain") / "tiny.gguf", chat=False)
+    return write_gguf(tmp_path_factory.mktemp("plain") / "tiny.gguf", "llama", chat=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,14 @@ def test_an_answer_ends_with_its_line(plain: LlamaCppBackend) -> None:
     assert "stop" in reasons
     rows = plain.generate_batch([tokens] * 8, vectors=None, sampling=SamplingConfig(max_tokens=200, temperature=1.0))
     assert not any(NEWLINE in row.tokens for row in rows)
+
+
+def test_a_pack_samples_answers_of_one_line(path: Path, plain: LlamaCppBackend) -> None:
+    assert plain.ends == (NEWLINE, 0)
+    passes = open_passes(find_base(str(path)), plain, runtime=RuntimeConfig(n_threads=1, n_ctx=512))
+    sampling = SamplingConfig(max_tokens=200, temperature=1.0, top_k=300, top_p=1.0)
+    made = passes.sample([plain.render(PROMPT)] * 12, sampling=sampling)
+    assert min(map(len, made)) < 200 and not any(NEWLINE in answer for answer in made)
 
 
 def test_an_export_takes_it_along(path: Path, tmp_path: Path) -> None:
