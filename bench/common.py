@@ -448,9 +448,10 @@ def _log_probs(
     try:
         yield from bench.reference.log_probs(rendered, answers)
     except BackendUnavailable:
-        for prompt, tokens in zip(rendered, answers, strict=True):
-            rows = np.arange(len(tokens))
-            yield log_softmax(bench.backend.score(prompt, tokens, vectors=None))[rows, tokens] if tokens else rows
+        said = [tokens or [0] for tokens in answers]
+        scored = bench.backend.score_many(rendered, said, vectors=None)
+        for tokens, own, logits in zip(answers, said, scored, strict=True):
+            yield log_softmax(logits)[np.arange(len(own)), own][: len(tokens)]
 
 
 # -- users ---------------------------------------------------------------------------------------------------------
