@@ -103,6 +103,13 @@ def test_a_floating_point_export_of_a_rounded_file_is_judged_against_that_file_a
     assert rows(foreign)[row]["passes"] is False and not foreign["ok"]
 
 
+def test_a_rounded_file_alone_is_reported_and_not_judged(made, tmp_path):
+    """llama.cpp multiplies 4-bit weights by activations of 8 bits: it differs from the same weights in float32."""
+    report = verify(folder_of(tmp_path / "dist", made / "dist" / "hf-Q4_0.gguf"), **FEW)
+    found = rows(report)["hf-Q4_0.gguf", "llama.cpp", "none"]
+    assert report["ok"] and found["passes"] is None and found["max_difference"] > 1e-3
+
+
 def test_a_folder_of_exports_alone_is_held_to_the_least_rounded_one_and_says_so(exports, tmp_path):
     report = verify(folder_of(tmp_path / "dist", exports / "fp32", exports / "int4"), **FEW)
     assert (report["reference"], report["reference_engine"]) == ("fp32", "ONNX Runtime")
