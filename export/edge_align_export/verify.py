@@ -162,7 +162,8 @@ def _preference(path: Path) -> tuple[int, float]:
 def _is_judged(path: Path, target: Path, artefacts: list[Path]) -> bool:
     """Should this artefact compute what the target does? Not where its weights, or those it was made of, were rounded.
 
-    Of a rounded GGUF llama.cpp rounds the activations too, so even against itself in float32 it is not judged. An export in floating point of a quantised GGUF has that file's weights, so it is judged when that is the target.
+    Of a rounded GGUF llama.cpp rounds the activations too, so even against itself in float32 it is not judged. An
+    export in floating point of a quantised GGUF has that file's weights, so it is judged when that is the target.
     """
     if bits(path) < 16.0:
         return False
