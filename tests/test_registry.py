@@ -33,7 +33,7 @@ def put(folder: Path, seed: int = 0, **manifest: object) -> Path:
 
 
 def test_a_pack_is_found_by_its_base_wherever_it_lies_the_persons_own_first(base, home, tmp_path):
-    with pytest.raises(PackMissing, match=r"edge-align export pack --model .* \(about \d+ minutes"):
+    with pytest.raises(PackMissing, match=r"edge-align export pack --model .* \(up to about \d+ minutes"):
         find_pack(base, home)
     put(tmp_path / "shipped" / "any-name", seed=1)
     put(home.packs_dir / "other", base_hash="sha256:other")

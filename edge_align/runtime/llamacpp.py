@@ -18,15 +18,7 @@ import numpy as np
 
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow, InputError, SessionClosed
-from edge_align.records import (
-    Completion,
-    FinishReason,
-    GenerationChunk,
-    GenerationStats,
-    Prompt,
-    SteeringVectors,
-    Tools,
-)
+from edge_align.records import Completion, FinishReason, GenerationChunk, GenerationStats, Prompt, SteeringVectors, Tools
 from edge_align.runtime.base import Backend, BackendInfo
 from edge_align.runtime.llama_checks import check_tokens, check_vectors, context_length, part_ends
 from edge_align.runtime.llama_devices import device_of
