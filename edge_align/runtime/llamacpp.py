@@ -18,7 +18,15 @@ import numpy as np
 
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, ContextOverflow, InputError, SessionClosed
-from edge_align.records import Completion, FinishReason, GenerationChunk, GenerationStats, Prompt, SteeringVectors, Tools
+from edge_align.records import (
+    Completion,
+    FinishReason,
+    GenerationChunk,
+    GenerationStats,
+    Prompt,
+    SteeringVectors,
+    Tools,
+)
 from edge_align.runtime.base import Backend, BackendInfo
 from edge_align.runtime.llama_checks import check_tokens, check_vectors, context_length, part_ends
 from edge_align.runtime.llama_devices import device_of
@@ -303,21 +311,13 @@ class LlamaCppBackend:
         return self._many().generate(checked, check_vectors(self._model, vectors), sampling, on_done)
 
     def score(
-        self,
-        prompt: Sequence[int],
-        completions: Sequence[Sequence[int]],
-        *,
-        vectors: SteeringVectors | None,
+        self, prompt: Sequence[int], completions: Sequence[Sequence[int]], *, vectors: SteeringVectors | None
     ) -> list[np.ndarray]:
         """Teacher-forced logits, see the protocol. Memory: 4 * n_vocab bytes per completion token."""
         return list(self.score_many([prompt] * len(completions), completions, vectors=vectors))
 
     def score_many(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        *,
-        vectors: SteeringVectors | None,
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, vectors: SteeringVectors | None
     ) -> Iterator[np.ndarray]:
         """`score` of completion i after prompt i, one (T_i, n_vocab) float32 array at a time.
 
