@@ -25,6 +25,7 @@ from common import (
     Bench,
     chosen_users,
     console,
+    count_pairs,
     digest,
     learn_profile,
     main,
@@ -70,6 +71,9 @@ def run(bench: Bench) -> dict[str, Any]:
     rows = []
     for size in [int(n) for n in args.sizes.split(",")]:
         for who in chosen_users(args.users):
+            if not args.quick and count_pairs(who, trainer.answers) < size:
+                console.print(f"{who.name} {size}: left out, the answers differ too seldom for this person")
+                continue
             rows += compare(trainer, who, settings, unseen, size=size)
     show(rows)
     return {
@@ -239,7 +243,7 @@ def summary(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
     for ours, arm, theirs in against:
         both = [((OURS, ours, name), (arm, theirs, name)) for name in names]
         both = [(a, b) for a, b in both if a in won and b in won]
-        if len(both) == len(names) or (arm == AT_KL and both):  # no KL, where ours does not steer
+        if both:  # of those who have both: a person may tell too few pairs apart, or have no KL, if ours does not steer
             gain = np.mean([won[a] - won[b] for a, b in both], axis=0)
             low, high = bootstrap_interval(gain, rng=np.random.default_rng(0))
             found[f"{OURS} {ours} less {arm} {theirs}"] = {"mean": float(gain.mean()), "ci": [low, high]}
