@@ -210,7 +210,8 @@ class Bench:
 
     @cached_property
     def eos(self) -> int:
-        return int(self.base.header.metadata["tokenizer.ggml.eos_token_id"])
+        """The token that an answer usually ends with."""
+        return self.backend.ends[0]
 
     def keep(self, name: str, *depends_on: Any) -> Kept:
         """Rows kept under a name and everything they depend on."""

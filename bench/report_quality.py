@@ -59,13 +59,10 @@ def combined(results: Results) -> str:
 
 
 def other_base(results: Results) -> str:
-    """The eight attributes on a base of another architecture; NoResult while none was measured."""
+    """Attributes on a base of another architecture; NoResult while none was measured."""
     result = results.newest("quality", shipped=False)
     sizes = sorted({row["pairs"] for row in result["users"]}, reverse=True)
-    said = (
-        f"{result['base']}: {result['base_about']}. Its pack is made by `edge-align export pack --recipe linear`, in "
-        "llama.cpp alone, and nothing was tuned for it."
-    )
+    said = f"{result['base']}: {result['base_about']}. Nothing was tuned for it."
     tables = [judged(result, [row for row in result["users"] if row["pairs"] == size]) for size in sizes]
     return "\n\n".join([said, *tables])
 
