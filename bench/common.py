@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 def provenance(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
     """What a figure depends on besides the script; no paths."""
-    hidden = ("home", "cache", "save", "model", "export", "genai")  # no paths
+    hidden = ("home", "cache", "save", "model", "packs", "export", "genai")  # no paths
     return {
         "script": Path(name).stem,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -427,13 +427,18 @@ def steering_rows(bench: Bench, encoder: PreferenceEncoder | None, questions: Se
 
 def nll_under_base(bench: Bench, questions: Sequence[str], answers: Sequence[Answer]) -> float:
     """Mean negative log-likelihood under the unsteered base, nats per token over all tokens of all answers."""
+    total, count = np.sum(answer_nlls(bench, questions, answers), axis=0)
+    return float(total / max(1, count))
+
+
+def answer_nlls(bench: Bench, questions: Sequence[str], answers: Sequence[Answer]) -> list[list[float]]:
+    """[nats under the unsteered base, tokens] of every answer; kept."""
     kept = bench.keep("nll", list(questions), [answer.tokens for answer in answers])
     jobs = list(zip(questions, answers, strict=True))[len(kept.rows) :]
     rendered = [bench.backend.render(user_prompt(question)) for question, _ in jobs]
     for scores in _log_probs(bench, rendered, [answer.tokens for _, answer in jobs]):
         kept.add([float(-scores.sum()), len(scores)])
-    total, count = np.sum(kept.rows, axis=0)
-    return float(total / max(1, count))
+    return kept.rows
 
 
 def _log_probs(

@@ -13,6 +13,7 @@ from contextlib import nullcontext, suppress
 
 from report_arms import alternatives, arms_of, PROMPTED
 from report_cost import contention, latency, scale, serving
+from report_packs import packs
 from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table
 from report_plots import draw_all
 from report_quality import combined, curves, flipped, other_base, quality, quality_of, SIZES
@@ -120,6 +121,7 @@ SECTIONS = (
     ("Tastes of three parts", combined),
     ("When verdicts are wrong", flipped),
     ("Another base", other_base),
+    ("Packs by recipe", packs),
     ("Beside what people would use instead", alternatives),
     ("Beside a LoRA for every person", lora),
     ("Beside virtual tokens for every person", ptuning),
@@ -132,7 +134,7 @@ SECTIONS = (
     ("The server", serving),
 )
 
-UNMEASURED = (combined, curves, lora, other_base, ptuning)
+UNMEASURED = (combined, curves, lora, other_base, packs, ptuning)
 """Sections that are left out while they have no result; any other one must have its own."""
 
 

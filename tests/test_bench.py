@@ -59,6 +59,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "energy",
         "latent_dpo_vs_logistic",
         "nulls",
+        "packs",
         "report",
         "report_plots",
         "report_quality",
@@ -527,6 +528,45 @@ def test_a_learning_curve_and_people_of_three_tastes_get_their_sections(
     assert "odd 0 | 12 %" in page and "odd 0" not in page[: page.index("Tastes of three parts")]
     bench["report_plots"].draw_curves(results, tmp_path)
     assert "<svg" in (tmp_path / "curves.svg").read_text()
+
+
+def test_the_best_within_an_nll_lies_on_the_lines_between_the_points(bench: dict[str, ModuleType]) -> None:
+    win, ratio = np.array([0.5, 0.6, 0.7, 0.65]), np.array([1.0, 0.95, 1.15, 1.35])
+    best = bench["packs"].best_within
+    assert best(win, ratio, 2.0) == 0.7 and best(win, ratio, 1.15) == 0.7
+    assert best(win, ratio, 1.05) == pytest.approx(0.65)  # halfway between the second and the third
+    assert best(win, ratio, 0.975) == pytest.approx(0.6125)  # past the second
+    assert best(win, ratio, 0.9) == 0.5  # nothing is so fluent: the base's
+
+
+def test_the_difference_at_equal_nll_is_that_of_the_mean_curves(bench: dict[str, ModuleType]) -> None:
+    """Two packs of one person, whose strength 1 costs more NLL with the second."""
+
+    def row(pack: str, strength: float, won: list[float], nats: float) -> dict[str, Any]:
+        said, base = [[nats, 2]] * 4, [[2.0, 2]] * 4
+        one = {"user": "a", "pack": pack, "strength": strength, "won": won, "said": said, "said_base": base}
+        return one | {"distinct2_ratio": 1.0, "passes": True}
+
+    rows = [
+        row("ours", 0.5, [1, 1, 0, 0], 2.0),
+        row("ours", 1.0, [1, 1, 1, 0], 2.2),
+        row("theirs", 0.5, [0, 0, 1, 1], 2.0),
+        row("theirs", 1.0, [0, 1, 1, 1], 2.4),
+    ]
+    found = bench["packs"].summary(rows, ["ours", "theirs"])
+    assert found["ours"]["win_rates"] == [0.5, 0.5, 0.75] and found["ours"]["nll_ratios"] == pytest.approx([1, 1, 1.1])
+    assert found["theirs"]["ours_less_it"] == pytest.approx(0.75 - 0.625)  # at 1.1 x, halfway to 1.2 x
+    low, high = found["theirs"]["ci"]
+    assert low < found["theirs"]["ours_less_it"] < high
+
+
+def test_packs_are_set_beside_each_other(tiny_workplace: tuple[str, ...]) -> None:
+    pack = Path(tiny_workplace[1]) / "packs" / "random"
+    document = run("packs.py", *tiny_workplace, "--packs", f"one={pack},two={pack}")
+    assert "packs" not in document["options"] and document["packs"]["one"]["hash"] == document["packs"]["two"]["hash"]
+    one, two = document["summary"]["pairs_8"].values()
+    assert one["win_rates"] == two["win_rates"] and two["ours_less_it"] <= 0
+    assert len(document["users"]) == 2 * 2 * 4 and all("won" not in row for row in document["users"])
 
 
 def test_slots_that_hold_what_tokens_gave_are_those_tokens(tmp_path: Path, bench: dict[str, ModuleType]) -> None:

@@ -34,7 +34,7 @@ def command() -> None:
     type=click.Choice(["linear", "score", "clap"]),
     default="linear",
     help="linear: forward passes only. score: the decoder solved from one backward pass an answer; better, for bases "
-    "that PyTorch computes. clap: the decoder trained through the frozen base.",
+    "that PyTorch computes. clap: score, and then the decoder trained through the frozen base.",
 )
 @click.option("--out", metavar="DIR", help="Where to put it.  [default: the home folder, where it is found]")
 @click.option(
@@ -42,7 +42,9 @@ def command() -> None:
 )
 @click.option("--prompts", type=int, help="Prompts to sample answers to; more make a better pack.  [default: 304]")
 @click.option("--answers", type=int, help="Answers to each prompt.  [default: 8]")
-@click.option("--readout", metavar="PACK", help="score: keep the latents of this pack, and make their decoder anew.")
+@click.option(
+    "--readout", metavar="PACK", help="score, clap: keep the latents of this pack, and make their decoder anew."
+)
 @click.option("--steps", type=int, help="clap: training steps.  [default: 60]")
 @click.option("--batch", type=int, help="clap: prompts in a step, with 8 answers each.  [default: 2]")
 @runtime_options
@@ -72,8 +74,8 @@ def pack(
 
     if recipe != "clap" and (steps is not None or batch is not None):
         raise InputError("--steps and --batch belong to --recipe clap")
-    if recipe != "score" and readout is not None:
-        raise InputError("--readout belongs to --recipe score")
+    if recipe == "linear" and readout is not None:
+        raise InputError("--readout belongs to --recipe score and clap")
     from edge_align_export.clap import ClapConfig
     from edge_align_export.linear import LinearConfig
     from edge_align_export.pack import build_pack

@@ -48,14 +48,15 @@ read from them, and prompts in other languages were not part of the sample.
 def _training(manifest: Mapping[str, Any]) -> str:
     """What recipe `score` or `clap` did after the regression."""
     score, clap = manifest["config"].get("score"), manifest["config"].get("clap")
-    if score is not None:
-        return _latents(manifest) + (
-            f"\nIts decoder was solved from the scores of the answers' first {score['tokens']} tokens."
-        )
-    if clap is None:
+    if score is None:
         return ""
+    solved = _latents(manifest) + (
+        f"\nIts decoder was solved from the scores of the answers' first {score['tokens']} tokens."
+    )
+    if clap is None:
+        return solved
     what = "decoder and readout" if clap["readout_lr"] else "decoder"
-    return (
+    return solved + (
         f"\nThen its {what} was trained through the frozen base: {clap['steps']} steps of {clap['prompts']} prompts "
         f"with {clap['answers']} answers each."
     )

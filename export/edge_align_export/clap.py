@@ -1,4 +1,4 @@
-"""Recipe `clap`: from the `linear` pack on, decoder and readout are trained through the frozen base.
+"""Recipe `clap`: from the pack of recipe `score` on, decoder and readout are trained through the frozen base.
 
 CLaP (arXiv 2412.20834) with additive steering for its adapter. Runs on the CPU, on a GPU, and on several of either
 through Hugging Face Accelerate (`accelerate launch`); every process needs the same home folder. A stopped run goes on
@@ -28,7 +28,8 @@ from edge_align_export.texts import Answers
 
 TRAINED = ("decoder", "readout", "log_variance")
 HEALTH_PROMPTS, HEALTH_ANSWERS = 16, 8
-SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
+SHARES = (0.01, 0.018, 0.032, 0.056, 0.1, 0.18, 0.32, 0.56, 1.0)
+SHARE_PROMPTS = 4
 ACTIVE = 0.03  # of its prior variance: a latent whose posterior means vary more is active
 
 
@@ -39,9 +40,8 @@ class ClapConfig:
     steps: int = 60  # half an hour of two cores
     prompts: int = 2  # per step
     answers: int = 8  # to each of them
-    decoder_lr: float = 3e-3
+    decoder_lr: float = 0.03  # in units of the decoder's own size at each coordinate
     readout_lr: float = 0.0  # 0: only the decoder is trained
-    start: float = 0.03  # share of the regression's decoder to begin with
     contrast: float = 1.0
     spread_kl: float = 1.0
     warmup: int = 10
@@ -117,14 +117,19 @@ def train(
     workers: Any,
     tell: Callable[[float], None],
 ) -> Trained:
-    """Adam on the losses of `clap_loss`, the base frozen. Raises InputError, CorruptArtefact, StorageError."""
+    """Adam on the losses of `clap_loss`, the base frozen. A pack's decoder is in units that suit its metric: it is
+    trained at the share under which answers are likeliest, and handed back in its units.
+
+    Raises InputError, CorruptArtefact, StorageError.
+    """
     groups = corpus.rows(held_out=False, n=config.answers)
     if len(groups) < config.prompts * workers.num_processes:
         raise InputError(
             f"{len(groups)} prompts have {config.answers} answers to train on; a step needs "
             f"{config.prompts * workers.num_processes}"
         )
-    clap = start(linear, corpus.features, layers, share=config.start).to(model.device)
+    share = share_of(model, corpus, linear, layers, [rows[: config.answers] for rows in groups])
+    clap = start(linear, corpus.features, layers, share=share).to(model.device)
     clap.readout.requires_grad_(config.readout_lr > 0)
     clap.log_variance.requires_grad_(config.readout_lr > 0)
     rates = {"decoder": config.decoder_lr, "readout": config.readout_lr, "log_variance": 10 * config.readout_lr}
@@ -163,9 +168,8 @@ def train(
         if workers.is_main_process and (len(history) % config.save_every == 0 or len(history) == config.steps):
             _save(work, clap, optimizer, history)
         tell(len(history) / config.steps)
-    scale = clap.layer_scale[:, None]
     decoder = np.zeros_like(linear.decoder)
-    decoder[:, list(layers)] = (clap.decoder.detach() * scale).cpu().numpy()
+    decoder[:, list(layers)] = (clap.decoder.detach() * clap.decoder_scale / share).cpu().numpy()
     variance = np.maximum(clap.log_variance.detach().exp().cpu().numpy(), VARIANCE_FLOOR * linear.spread**2)
     return Trained(
         decoder=decoder,
@@ -176,16 +180,42 @@ def train(
 
 
 def start(linear: LinearPack, features: np.ndarray, layers: range, *, share: float) -> Clap:
-    """The module at the linear pack, with `share` of its decoder."""
-    decoder = torch.from_numpy(linear.decoder[:, list(layers)].astype(np.float32))
+    """The module at the pack, with `share` of its decoder."""
+    decoder = share * torch.from_numpy(linear.decoder[:, list(layers)].astype(np.float32))
+    size = decoder.square().mean(0).sqrt()
     return Clap(
-        decoder=share * decoder,
+        decoder=decoder,
         readout=torch.from_numpy(linear.readout.astype(np.float32)),
         variance=torch.from_numpy(linear.variance),
         prior_variance=torch.from_numpy(linear.spread.astype(np.float32) ** 2),
-        layer_scale=decoder.square().mean((0, 2)).sqrt().clamp(min=1e-6),
+        decoder_scale=size.clamp(min=1e-3 * float(size.mean()) + 1e-12),
         feature_scale=torch.from_numpy(features.std(0).astype(np.float32) + 1e-6),
     )
+
+
+@torch.no_grad()
+def share_of(
+    model: LlamaReference | HookedModel,
+    corpus: Corpus,
+    pack: LinearPack,
+    layers: range,
+    groups: list[np.ndarray],
+) -> float:
+    """The share of the pack's decoder under which the first of these prompts' answers, as many to each, are likeliest
+    given their own latents.
+    """
+    clap = start(pack, corpus.features, layers, share=1.0).to(model.device)
+    answers = []
+    for rows in groups[:SHARE_PROMPTS]:
+        batch = corpus.batch(rows, n=len(rows), device=model.device)
+        answers.append((freeze(model, batch, layers), clap.vectors(clap.mean(batch.features, len(rows)))))
+    best, least = SHARES[0], float("inf")
+    for share in SHARES:
+        nll = sum(float(frozen.nll(share * vectors).sum()) for frozen, vectors in answers)
+        if nll > least:
+            break
+        best, least = share, nll
+    return best
 
 
 @torch.no_grad()
@@ -199,37 +229,34 @@ def health_of(
 ) -> dict[str, float]:
     """On held-out prompts: NLL per token of answers given their own latent, another's to the same prompt, and none;
     mutual information of latent and answer (at most log N nats); share of active latents. Answers are steered at the
-    share of the decoder that suits four of the prompts best, for a regression's is in units of hidden states.
+    share of the decoder that suits four of the prompts best, for the decoder is in units that suit the metric.
     """
     n = min(HEALTH_ANSWERS, int(np.bincount(corpus.answers.groups).max()))
-    groups = corpus.rows(held_out=True, n=n)[:HEALTH_PROMPTS]
+    groups = [rows[:n] for rows in corpus.rows(held_out=True, n=n)[:HEALTH_PROMPTS]]
     if not groups or n < 2:
         tell(1.0)
         return {}
-    clap = start(pack, corpus.features, layers, share=1.0).to(model.device)
-    batches = [corpus.batch(rows[:n], n=n, device=model.device) for rows in groups]
-    frozen = [freeze(model, batch, layers) for batch in batches]
-    found = torch.cat([clap.mean(batch.features, n) for batch in batches])  # (prompts, n, k)
-
-    def nll(i: int, share: float, swap: int = 0) -> float:
-        """Summed over a prompt's answers; share: of the decoder; swap: whose latents, by places among the answers."""
-        return float(frozen[i].nll(share * clap.vectors(found[i : i + 1].roll(swap, 1))).sum())
-
-    share = min(SHARES, key=lambda share: sum(nll(i, share) for i in range(len(batches))[:4]))
-    sums, tokens = np.zeros(3), 0
-    for i, answers in enumerate(frozen):
-        sums += [float(answers.nll(None).sum()), nll(i, share), nll(i, share, 1)]
+    share = share_of(model, corpus, pack, layers, groups)
+    clap = start(pack, corpus.features, layers, share=share).to(model.device)
+    found, sums, tokens = [], np.zeros(3), 0
+    for i, rows in enumerate(groups):
+        batch = corpus.batch(rows, n=n, device=model.device)
+        answers, mean = freeze(model, batch, layers), clap.mean(batch.features, n)
+        given = (None, clap.vectors(mean), clap.vectors(mean.roll(1, 1)))
+        sums += [float(answers.nll(vectors).sum()) for vectors in given]
         tokens += int(answers.n_tokens.sum())
-        tell((i + 1) / len(frozen))
+        found.append(mean)
+        tell((i + 1) / len(groups))
+    means = torch.cat(found)  # (prompts, n, k)
     none, own, swapped = (round(float(nll), 4) for nll in sums / tokens)
-    active = (found.square().mean((0, 1)) > ACTIVE * clap.prior_variance).float().mean()
+    active = (means.square().mean((0, 1)) > ACTIVE * clap.prior_variance).float().mean()
     rng = torch.Generator(model.device).manual_seed(0)
     return {
         "nll_none": none,
         "nll_own_latent": own,
         "nll_swapped_latent": swapped,
         "nll_at_share": share,
-        "mutual_information": round(mutual_information(found, clap.log_variance.exp(), rng), 3),
+        "mutual_information": round(mutual_information(means, clap.log_variance.exp(), rng), 3),
         "active_latents": round(float(active), 3),
     }
 

@@ -132,12 +132,13 @@ class HookedDecoder:
 class Clap(torch.nn.Module):
     """Posterior encoder and adapter: z ~ N(R f, diag s^2) of centred features f, vectors = z W.
 
-    decoder (k, len(layers), d_model) in units of `layer_scale` (len(layers),); readout (n_feature, k) in units of
-    1 / feature_scale; log_variance (k,). prior_variance (k,): N(0, diag) is the prior, which keeps the latents' scale.
+    decoder (k, len(layers), d_model) in units of `decoder_scale` (len(layers), d_model); readout (n_feature, k) in
+    units of 1 / feature_scale; log_variance (k,). prior_variance (k,): N(0, diag) is the prior, which keeps the
+    latents' scale.
     """
 
     prior_variance: torch.Tensor
-    layer_scale: torch.Tensor
+    decoder_scale: torch.Tensor
     feature_scale: torch.Tensor
 
     def __init__(
@@ -147,14 +148,14 @@ class Clap(torch.nn.Module):
         readout: torch.Tensor,
         variance: torch.Tensor,
         prior_variance: torch.Tensor,
-        layer_scale: torch.Tensor,
+        decoder_scale: torch.Tensor,
         feature_scale: torch.Tensor,
     ) -> None:
         super().__init__()
         self.register_buffer("prior_variance", prior_variance)
-        self.register_buffer("layer_scale", layer_scale)
+        self.register_buffer("decoder_scale", decoder_scale)
         self.register_buffer("feature_scale", feature_scale)
-        self.decoder = torch.nn.Parameter(decoder / layer_scale[:, None])
+        self.decoder = torch.nn.Parameter(decoder / decoder_scale)
         self.readout = torch.nn.Parameter(readout * feature_scale[:, None])
         self.log_variance = torch.nn.Parameter(variance.log())
 
@@ -165,7 +166,7 @@ class Clap(torch.nn.Module):
 
     def vectors(self, z: torch.Tensor) -> torch.Tensor:
         """(..., k) -> (B, len(layers), d_model)."""
-        return torch.einsum("bk,kld->bld", z.flatten(0, -2), self.decoder * self.layer_scale[:, None])
+        return torch.einsum("bk,kld->bld", z.flatten(0, -2), self.decoder * self.decoder_scale)
 
     def forward(
         self, frozen: Frozen, batch: Batch, rng: torch.Generator, *, contrast: float, spread_kl: float

@@ -56,7 +56,7 @@ def build_pack(
 ) -> dict[str, Any]:
     """Build and save a pack; resumable: what a stopped run sampled, read and trained is kept in the home's cache.
 
-    readout: the folder of a pack of this base whose latents stay; recipe score gives them a new decoder.
+    readout: the folder of a pack of this base whose latents stay; recipes score and clap give them a new decoder.
 
     Returns the folder, sizes, seconds per stage and health numbers; nothing in a process that `accelerate launch`
     started beside the main one. Raises InputError, BackendUnavailable, ModelLoadError, StorageError, CorruptArtefact.
@@ -65,9 +65,9 @@ def build_pack(
         raise InputError(f"unknown recipe {recipe!r}; there is: {', '.join(RECIPES)}")
     config = config or LinearConfig()
     clap = (clap or ClapConfig()) if recipe == "clap" else None
-    score = ScoreConfig() if recipe == "score" else None
+    score = ScoreConfig() if recipe != "linear" else None
     if readout is not None and score is None:
-        raise InputError("only recipe score takes the latents of another pack")
+        raise InputError("recipe linear makes latents of its own; score and clap take those of another pack")
     runtime = runtime or RuntimeConfig()
     base = find_base(model, home=home)
     read_by = None if readout is None else load_pack(readout, base_hash=base.hash)
@@ -105,10 +105,11 @@ def build_pack(
         if reference is not None:
             corpus = Corpus(answers, material.features, config.max_tokens, end_tokens(backend)[0])
             if score is not None:
-                pack, gain = rescored(pack, reference, corpus, layers, score, work=work, tell=stage("scores"))
+                with nullcontext() if workers is None else workers.main_process_first():
+                    pack, gain = rescored(pack, reference, corpus, layers, score, work=work, tell=stage("scores"))
                 health["first_order_gain"] = round(gain, 4)
             if clap is not None:
-                kept = make_private_dir(work / f"clap-{_settings_id(clap, config)}")
+                kept = make_private_dir(work / f"clap-{_settings_id(clap, pack)}")
                 trained = train(reference, corpus, pack, layers, clap, work=kept, workers=workers, tell=stage("train"))
                 pack, history = material.retrained(pack, trained), trained.history
         if not main:
@@ -287,6 +288,9 @@ def _texts_id(base: BaseModel, passes: Passes, config: LinearConfig, *, fast: bo
     return hashlib.sha256(json.dumps([base.hash, fast, passes.prompts_at_once, *settings]).encode()).hexdigest()[:12]
 
 
-def _settings_id(clap: ClapConfig, config: LinearConfig) -> str:
+def _settings_id(clap: ClapConfig, pack: LinearPack) -> str:
     """Names what a training run kept: everything it depends on beside the answers."""
-    return hashlib.sha256(json.dumps([asdict(clap), asdict(config)]).encode()).hexdigest()[:12]
+    told = hashlib.sha256(json.dumps(asdict(clap)).encode())
+    for array in (pack.decoder, pack.readout, pack.variance):
+        told.update(np.ascontiguousarray(array).tobytes())
+    return told.hexdigest()[:12]

@@ -15,7 +15,7 @@ from reference import naive_llama as naive
 from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, InputError
 from edge_align.home import Home
-from edge_align_export.clap import ClapConfig, Corpus, health_of, start, train
+from edge_align_export.clap import ClapConfig, Corpus, health_of, share_of, SHARES, start, train
 from edge_align_export.clap_loss import aggregated_kl, FrozenDecoder, make_batch, mutual_information
 from edge_align_export.curves import save_curves, smooth
 from edge_align_export.linear import LinearPack, solve, within
@@ -199,6 +199,31 @@ def test_a_stopped_run_goes_on_to_the_same_end(model, corpus, linear, tmp_path):
     np.testing.assert_allclose(after.decoder, whole.decoder, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(after.readout, whole.readout, rtol=1e-5, atol=1e-7)
     assert after.history == whole.history
+
+
+def test_training_begins_at_the_pack_and_hands_it_back_in_its_own_units(model, corpus, linear, tmp_path):
+    still = ClapConfig(steps=1, prompts=2, answers=EACH, decoder_lr=1e-9)
+    trained = train(model, corpus, linear, LAYERS, still, work=tmp_path, workers=alone(), tell=lambda done: None)
+    np.testing.assert_allclose(trained.decoder, linear.decoder, rtol=1e-4, atol=1e-8)
+
+
+def test_the_share_is_the_one_under_which_answers_are_likeliest(model, corpus, linear):
+    rows = np.arange(2 * EACH)
+    groups = [rows[:EACH], rows[EACH:]]
+    found = share_of(model, corpus, linear, LAYERS, groups)
+    latents = within(corpus.features, corpus.answers.groups) @ linear.readout
+
+    def nll(share: float) -> float:
+        total = 0.0
+        for i in rows:
+            steering = share * np.einsum("k,kld->ld", latents[i], linear.decoder)
+            said = [*corpus.answers.completions[i], corpus.end]
+            logits = torch.from_numpy(model.score(corpus.answers.prompts[i], said, steering.astype(np.float32)))
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum"))
+        return total
+
+    at = SHARES.index(found)
+    assert all(nll(found) <= nll(share) for share in SHARES[max(0, at - 1) : at + 2])
 
 
 def test_prompts_with_too_few_answers_are_left_out(corpus):

@@ -10,7 +10,7 @@ from edge_align.errors import IncompatibleBase, InputError
 from edge_align.home import Home
 from edge_align.pack import load_pack
 from edge_align.runtime.torch_ref import LlamaReference
-from edge_align_export.clap import Corpus
+from edge_align_export.clap import ClapConfig, Corpus
 from edge_align_export.linear import LinearConfig
 from edge_align_export.pack import build_pack
 from edge_align_export.score import first_order_gain, read_scores, solve_decoder, UNIT
@@ -129,8 +129,15 @@ def test_a_pack_is_made_from_a_file_and_its_latents_stay_when_they_are_taken_ove
     assert "first_order_gain" in made[1]["health"] and "first_order_gain" not in made[0]["health"]
     assert again.manifest["readout"]["pack_hash"] == linear.hash and score.manifest["readout"] is None
     assert linear.hash in (tmp_path / "again" / "README.md").read_text()
+    clap = ClapConfig(steps=1, prompts=1, decoder_lr=1e-9)
+    trained = build_pack(**kwargs, recipe="clap", out=tmp_path / "clap", readout=tmp_path / "linear", clap=clap)
+    begun = load_pack(tmp_path / "clap")  # training begins where recipe score ends, with the latents it was given
+    np.testing.assert_allclose(begun.readout, linear.readout, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(begun.decoder, again.decoder, rtol=1e-3, atol=1e-5 * np.abs(again.decoder).max())
+    assert {"first_order_gain", "nll_own_latent"} <= set(trained["health"])
+    assert "1 steps of 1 prompts" in (tmp_path / "clap" / "README.md").read_text()
     other = write_gguf(tmp_path / "other.gguf", "llama", seed=1)
     with pytest.raises(IncompatibleBase):
         build_pack(**kwargs | {"model": str(other)}, recipe="score", readout=tmp_path / "linear")
-    with pytest.raises(InputError, match="only recipe score"):
+    with pytest.raises(InputError, match="recipe linear makes latents of its own"):
         build_pack(**kwargs, readout=tmp_path / "linear")

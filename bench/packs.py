@@ -1,0 +1,188 @@
+"""Latent packs beside each other: the same people, pairs, prompts and seeds, win rate over NLL.
+
+    python bench/answers.py --set train && python bench/packs.py --packs clap=DIR,score=DIR,linear=DIR --save
+
+A profile is learnt with every pack as `personalize` learns it, and answers at several strengths. The first pack at
+strength 1 is set against the best that each other one does at no higher an NLL: on its curve of mean win rate over
+mean NLL, from the base (one half at 1 x) through its strengths, straight between them. The interval is of both, over
+prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import (
+    Answer,
+    answer_nlls,
+    Bench,
+    chosen_users,
+    console,
+    digest,
+    learn_profile,
+    main,
+    parser,
+    sample_rows,
+    SEED,
+    steering_rows,
+    train_answers,
+    users_option,
+    users_pairs,
+)
+from quality import answer_cap, judged, other_judges
+from rich.table import Table
+
+from edge_align.pack import LatentPack, load_pack
+from edge_align.simulation.prompts import prompts
+from edge_align.simulation.users import User, wins
+
+STRENGTHS = (0.25, 0.5, 1.0, 1.5)
+DRAWS = 2000
+BY_PROMPT = ("won", "said", "said_base")  # what the summary needs of a row, too long for a result
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    args = bench.args
+    if args.quick:
+        args.prompts, args.max_tokens, args.users, args.sizes = 3, 8, "short,simple_words", "8"
+    packs = opened(bench, args.packs)
+    questions, answers = train_answers(bench)
+    unseen = list(prompts(args.set)[: args.prompts])
+    rows = []
+    for size in [int(n) for n in args.sizes.split(",")]:
+        for who in chosen_users(args.users):
+            pairs = users_pairs(who, questions, answers, n=size, seed=args.seed)
+            for name, pack in packs.items():
+                bench.pack = pack
+                profile = learn_profile(bench, pairs)
+                for strength in STRENGTHS:
+                    found = answered(bench, who, unseen, steering_rows(bench, profile.encoder, unseen) * strength)
+                    known = {"user": who.name, "pairs": size, "pack": name, "strength": strength}
+                    rows.append(known | {"passes": profile.learnt.heldout.passes} | found)
+                row = next(row for row in reversed(rows) if row["strength"] == 1.0)
+                console.print(f"{who.name} {size}, {name}: win {row['win_rate']:.2f}, nll x {row['nll_ratio']:.2f}")
+    sizes = sorted({row["pairs"] for row in rows})
+    found = {f"pairs_{size}": summary([row for row in rows if row["pairs"] == size], list(packs)) for size in sizes}
+    show(found)
+    about = {name: described(pack) for name, pack in packs.items()}
+    told = [{key: value for key, value in row.items() if key not in BY_PROMPT} for row in rows]
+    return {"packs": about, "prompts": len(unseen), "users": told, "summary": found}
+
+
+def opened(bench: Bench, names: str) -> dict[str, LatentPack]:
+    """NAME=DIR,...; the shipped pack alone without any."""
+    if not names:
+        return {"shipped": bench.pack}
+    split = (one.split("=", 1) for one in names.split(","))
+    return {name: load_pack(Path(folder), base_hash=bench.base.hash) for name, folder in split}
+
+
+def described(pack: LatentPack) -> dict[str, Any]:
+    named = ("recipe", "answers", "command", "seconds", "health")
+    return {"hash": pack.hash} | {key: pack.manifest.get(key) for key in named}
+
+
+def answered(bench: Bench, who: User, unseen: list[str], vectors: np.ndarray) -> dict[str, Any]:
+    """Answers under vectors (n, n_layer, d_model) against the base's; by prompt, who won and [nats, tokens] of each."""
+    cap, second = answer_cap(bench, who), other_judges().get(who.name)
+    base, ours = rows_of(bench, unseen, cap, None), rows_of(bench, unseen, cap, vectors)
+    won = wins(who.judge, [answer.text for answer in ours], [answer.text for answer in base])
+    found = judged(bench, who, unseen, ours, base, second)
+    nlls = {"said": answer_nlls(bench, unseen, ours), "said_base": answer_nlls(bench, unseen, base)}
+    return found | {"won": won.tolist()} | nlls
+
+
+def rows_of(bench: Bench, unseen: list[str], cap: int, vectors: np.ndarray | None) -> list[Answer]:
+    seed = bench.args.seed + SEED
+    depends = [] if vectors is None else [digest(vectors)]
+    kept = bench.keep("rows", unseen, cap, seed, str(bench.reference.dtype), *depends)
+    return sample_rows(bench, bench.reference, unseen, vectors, max_tokens=cap, seed=seed, kept=kept)
+
+
+# -- at equal NLL --------------------------------------------------------------------------------------------------
+class Curve:
+    """Mean win rate and NLL ratio of one pack's people at every strength, for any choice of prompts."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Of every user and strength one row."""
+        self.strengths = sorted({row["strength"] for row in rows})
+        by = [[row for row in rows if row["strength"] == strength] for strength in self.strengths]
+        self.won = np.array([[row["won"] for row in own] for own in by])  # (strengths, users, prompts)
+        self._said = np.array([[row["said"] for row in own] for own in by])  # (..., prompts, 2)
+        self._base = np.array([row["said_base"] for row in by[0]])  # (users, prompts, 2)
+
+    def at(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(win rates, NLL ratios) from strength 0 on, of these prompts: mean over users of their own ratios."""
+        said, base = self._said[:, :, chosen].sum(2), self._base[:, chosen].sum(1)
+        ratio = (said[..., 0] / said[..., 1]) / (base[:, 0] / base[:, 1])
+        return np.array([0.5, *self.won[:, :, chosen].mean((1, 2))]), np.array([1.0, *ratio.mean(1)])
+
+
+def best_within(win: np.ndarray, ratio: np.ndarray, limit: float) -> float:
+    """Highest win rate at an NLL ratio of at most `limit` along the straight lines between the points."""
+    best = -np.inf
+    for i, (w, r) in enumerate(zip(win, ratio, strict=True)):
+        if r <= limit:
+            best = max(best, w)
+        if i and (r - limit) * (ratio[i - 1] - limit) < 0:
+            best = max(best, np.interp(limit, *_rising(ratio[i - 1 : i + 1], win[i - 1 : i + 1])))
+    return float(best if np.isfinite(best) else win[0])
+
+
+def _rising(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(x)
+    return x[order], y[order]
+
+
+def summary(rows: Sequence[dict[str, Any]], packs: Sequence[str]) -> dict[str, Any]:
+    """Means of every pack at strength 1, and what the first does at its NLL more than each other at no higher a one."""
+    found: dict[str, Any] = {}
+    curves = {name: Curve([row for row in rows if row["pack"] == name]) for name in packs}
+    n = curves[packs[0]].won.shape[2]
+    draws = np.random.default_rng(0).integers(n, size=(DRAWS, n))
+    for name, curve in curves.items():
+        own = [row for row in rows if row["pack"] == name and row["strength"] == 1.0]
+        win, ratio = curve.at(np.arange(n))
+        found[name] = {
+            "strengths": [0.0, *curve.strengths],
+            "win_rates": win.tolist(),
+            "nll_ratios": ratio.tolist(),
+            "distinct2_ratio": float(np.mean([row["distinct2_ratio"] for row in own])),
+            "passes": sum(bool(row["passes"]) for row in own),
+        }
+        if name != packs[0]:
+            gains = [_gain(curves[packs[0]], curve, chosen) for chosen in (np.arange(n), *draws)]
+            low, high = np.quantile(gains[1:], [0.025, 0.975])
+            found[name] |= {"ours_less_it": gains[0], "ci": [float(low), float(high)]}
+    return found
+
+
+def _gain(ours: Curve, other: Curve, chosen: np.ndarray) -> float:
+    win, ratio = ours.at(chosen)
+    full = 1 + ours.strengths.index(1.0)
+    return float(win[full]) - best_within(*other.at(chosen), float(ratio[full]))
+
+
+def show(found: dict[str, Any]) -> None:
+    table = Table("pairs", "pack", "win", "nll x", "dist-2", "first less it, at its NLL")
+    for size, packs in found.items():
+        for name, row in packs.items():
+            at = row["strengths"].index(1.0)
+            gain = "" if "ci" not in row else f"{row['ours_less_it']:+.3f} ({row['ci'][0]:+.3f} to {row['ci'][1]:+.3f})"
+            values = (row["win_rates"][at], row["nll_ratios"][at], row["distinct2_ratio"])
+            table.add_row(size.removeprefix("pairs_"), name, *(f"{value:.3f}" for value in values), gain)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    p = parser("Latent packs on the same people, pairs, prompts and seeds: win rate over NLL.")
+    users_option(p)
+    p.add_argument("--packs", default="", metavar="NAME=DIR,...", help="the first is what the others are set against")
+    p.add_argument("--sizes", default="100,20", help="pairs learnt from")
+    p.add_argument("--set", choices=("test", "validation"), default="test", help="which unseen prompts")
+    p.add_argument("--prompts", type=int, default=100, help="how many of them")
+    p.add_argument("--max-tokens", type=int, default=64)
+    main(run, p.parse_args(), __file__)
