@@ -2,8 +2,8 @@
 
     python bench/answers.py --set train && python bench/packs.py --packs clap=DIR,score=DIR,linear=DIR --save
 
-A profile is learnt with every pack as `personalize` learns it, and answers at several strengths. The first pack at
-strength 1 is set against the best that each other one does at no higher an NLL: on its curve of mean win rate over
+A profile is learnt with every pack as `personalize` learns it. The first answers at strength 1, the others at several;
+the first is set against the best that each other one does at no higher an NLL: on its curve of mean win rate over
 mean NLL, from the base (one half at 1 x) through its strengths, straight between them. The interval is of both, over
 prompts.
 """
@@ -39,7 +39,6 @@ from edge_align.pack import LatentPack, load_pack
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import User, wins
 
-STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 DRAWS = 2000
 BY_PROMPT = ("won", "said", "said_base")  # what the summary needs of a row, too long for a result
 
@@ -49,6 +48,8 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.prompts, args.max_tokens, args.users, args.sizes = 3, 8, "short,simple_words", "8"
     packs = opened(bench, args.packs)
+    strengths = {name: [float(one) for one in args.strengths.split(",")] for name in packs}
+    strengths[next(iter(packs))] = [1.0]
     questions, answers = train_answers(bench)
     unseen = list(prompts(args.set)[: args.prompts])
     rows = []
@@ -58,12 +59,12 @@ def run(bench: Bench) -> dict[str, Any]:
             for name, pack in packs.items():
                 bench.pack = pack
                 profile = learn_profile(bench, pairs)
-                for strength in STRENGTHS:
+                for strength in strengths[name]:
                     found = answered(bench, who, unseen, steering_rows(bench, profile.encoder, unseen) * strength)
                     known = {"user": who.name, "pairs": size, "pack": name, "strength": strength}
                     rows.append(known | {"passes": profile.learnt.heldout.passes} | found)
-                row = next(row for row in reversed(rows) if row["strength"] == 1.0)
-                console.print(f"{who.name} {size}, {name}: win {row['win_rate']:.2f}, nll x {row['nll_ratio']:.2f}")
+                    said = f"win {found['win_rate']:.2f}, nll x {found['nll_ratio']:.2f}"
+                    console.print(f"{who.name} {size}, {name} x {strength:g}: {said}")
     sizes = sorted({row["pairs"] for row in rows})
     found = {f"pairs_{size}": summary([row for row in rows if row["pairs"] == size], list(packs)) for size in sizes}
     show(found)
@@ -181,6 +182,7 @@ if __name__ == "__main__":
     p = parser("Latent packs on the same people, pairs, prompts and seeds: win rate over NLL.")
     users_option(p)
     p.add_argument("--packs", default="", metavar="NAME=DIR,...", help="the first is what the others are set against")
+    p.add_argument("--strengths", default="0.25,0.5,1,1.5", help="of every pack but the first; 1 among them")
     p.add_argument("--sizes", default="100,20", help="pairs learnt from")
     p.add_argument("--set", choices=("test", "validation"), default="test", help="which unseen prompts")
     p.add_argument("--prompts", type=int, default=100, help="how many of them")

@@ -37,10 +37,10 @@ ACTIVE = 0.03  # of its prior variance: a latent whose posterior means vary more
 class ClapConfig:
     """Sizes are per process. Chosen on validation people (docs/decisions/0011)."""
 
-    steps: int = 60  # half an hour of two cores
+    steps: int = 60  # ten to fifteen minutes of two cores
     prompts: int = 2  # per step
     answers: int = 8  # to each of them
-    decoder_lr: float = 0.03  # in units of the decoder's own size at each coordinate
+    decoder_lr: float = 0.1  # in units of the decoder's own size at each coordinate
     readout_lr: float = 0.0  # 0: only the decoder is trained
     contrast: float = 1.0
     spread_kl: float = 1.0
