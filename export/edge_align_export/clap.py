@@ -35,7 +35,7 @@ ACTIVE = 0.03  # of its prior variance: a latent whose posterior means vary more
 
 @dataclass(frozen=True, slots=True)
 class ClapConfig:
-    """Sizes are per process. Chosen on validation people (docs/decisions/0011)."""
+    """Sizes are per process. The learning rate by the NLL of held-out answers (docs/decisions/0011)."""
 
     steps: int = 60  # ten to fifteen minutes of two cores
     prompts: int = 2  # per step

@@ -180,8 +180,9 @@ class Material:
 
 
 def origin(pack: LatentPack) -> dict[str, Any]:
-    """Where the latents of a pack come from that took them from another, for its card."""
-    return {"pack_hash": pack.hash, "answers": pack.manifest["answers"], "command": pack.manifest["command"]}
+    """Where the latents of a pack come from that took them from another, for its card: whoever had them first."""
+    first: dict[str, Any] | None = pack.manifest.get("readout")
+    return first or {"pack_hash": pack.hash, "answers": pack.manifest["answers"], "command": pack.manifest["command"]}
 
 
 def steered_layers(base: BaseModel, config: LinearConfig | ScoreConfig) -> range:

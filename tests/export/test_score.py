@@ -130,11 +130,12 @@ def test_a_pack_is_made_from_a_file_and_its_latents_stay_when_they_are_taken_ove
     assert again.manifest["readout"]["pack_hash"] == linear.hash and score.manifest["readout"] is None
     assert linear.hash in (tmp_path / "again" / "README.md").read_text()
     clap = ClapConfig(steps=1, prompts=1, decoder_lr=1e-9)
-    trained = build_pack(**kwargs, recipe="clap", out=tmp_path / "clap", readout=tmp_path / "linear", clap=clap)
+    trained = build_pack(**kwargs, recipe="clap", out=tmp_path / "clap", readout=tmp_path / "again", clap=clap)
     begun = load_pack(tmp_path / "clap")  # training begins where recipe score ends, with the latents it was given
     np.testing.assert_allclose(begun.readout, linear.readout, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(begun.decoder, again.decoder, rtol=1e-3, atol=1e-5 * np.abs(again.decoder).max())
     assert {"first_order_gain", "nll_own_latent"} <= set(trained["health"])
+    assert begun.manifest["readout"] == again.manifest["readout"]  # whoever had these latents first
     assert "1 steps of 1 prompts" in (tmp_path / "clap" / "README.md").read_text()
     other = write_gguf(tmp_path / "other.gguf", "llama", seed=1)
     with pytest.raises(IncompatibleBase):
