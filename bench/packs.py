@@ -4,8 +4,9 @@
 
 A profile is learnt with every pack as `personalize` learns it. The first answers at strength 1, the others at several;
 the first is set against the best that each other one does at no higher an NLL: on its curve of mean win rate over
-mean NLL, from the base (one half at 1 x) through its strengths, straight between them. The interval is of both, over
-prompts.
+mean NLL, from the base (one half at 1 x) through its strengths, straight between them. There a person whose answers
+are likelier than the base's counts as 1 x, so that one's gain does not pay for another's loss. The interval is of both,
+over prompts.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def rows_of(bench: Bench, unseen: list[str], cap: int, vectors: np.ndarray | Non
 
 # -- at equal NLL --------------------------------------------------------------------------------------------------
 class Curve:
-    """Mean win rate and NLL ratio of one pack's people at every strength, for any choice of prompts."""
+    """Mean win rate and cost in NLL of one pack's people at every strength, for any choice of prompts."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         """Of every user and strength one row."""
@@ -116,21 +117,24 @@ class Curve:
         self._base = np.array([row["said_base"] for row in by[0]])  # (users, prompts, 2)
 
     def at(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(win rates, NLL ratios) from strength 0 on, of these prompts: mean over users of their own ratios."""
+        """(win rates, costs) from strength 0 on, of these prompts: means over users, 1 for a ratio below it."""
         said, base = self._said[:, :, chosen].sum(2), self._base[:, chosen].sum(1)
         ratio = (said[..., 0] / said[..., 1]) / (base[:, 0] / base[:, 1])
-        return np.array([0.5, *self.won[:, :, chosen].mean((1, 2))]), np.array([1.0, *ratio.mean(1)])
+        cost = np.maximum(ratio, 1.0).mean(1)
+        return np.array([0.5, *self.won[:, :, chosen].mean((1, 2))]), np.array([1.0, *cost])
 
 
-def best_within(win: np.ndarray, ratio: np.ndarray, limit: float) -> float:
-    """Highest win rate at an NLL ratio of at most `limit` along the straight lines between the points."""
-    best = -np.inf
-    for i, (w, r) in enumerate(zip(win, ratio, strict=True)):
-        if r <= limit:
-            best = max(best, w)
-        if i and (r - limit) * (ratio[i - 1] - limit) < 0:
-            best = max(best, np.interp(limit, *_rising(ratio[i - 1 : i + 1], win[i - 1 : i + 1])))
-    return float(best if np.isfinite(best) else win[0])
+def best_within(win: np.ndarray, cost: np.ndarray, limit: float) -> float:
+    """Highest win rate at a cost of at most `limit` along the straight lines between the points; the first costs 1, the
+    least there is.
+    """
+    best = win[0]
+    for i in range(1, len(win)):
+        if cost[i] <= limit:
+            best = max(best, win[i])
+        if (cost[i] - limit) * (cost[i - 1] - limit) < 0:
+            best = max(best, np.interp(limit, *_rising(cost[i - 1 : i + 1], win[i - 1 : i + 1])))
+    return float(best)
 
 
 def _rising(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,11 +150,12 @@ def summary(rows: Sequence[dict[str, Any]], packs: Sequence[str]) -> dict[str, A
     draws = np.random.default_rng(0).integers(n, size=(DRAWS, n))
     for name, curve in curves.items():
         own = [row for row in rows if row["pack"] == name and row["strength"] == 1.0]
-        win, ratio = curve.at(np.arange(n))
+        win, cost = curve.at(np.arange(n))
         found[name] = {
             "strengths": [0.0, *curve.strengths],
             "win_rates": win.tolist(),
-            "nll_ratios": ratio.tolist(),
+            "costs": cost.tolist(),
+            "nll_ratio": float(np.mean([row["nll_ratio"] for row in own])),
             "distinct2_ratio": float(np.mean([row["distinct2_ratio"] for row in own])),
             "passes": sum(bool(row["passes"]) for row in own),
         }
@@ -162,18 +167,18 @@ def summary(rows: Sequence[dict[str, Any]], packs: Sequence[str]) -> dict[str, A
 
 
 def _gain(ours: Curve, other: Curve, chosen: np.ndarray) -> float:
-    win, ratio = ours.at(chosen)
+    win, cost = ours.at(chosen)
     full = 1 + ours.strengths.index(1.0)
-    return float(win[full]) - best_within(*other.at(chosen), float(ratio[full]))
+    return float(win[full]) - best_within(*other.at(chosen), float(cost[full]))
 
 
 def show(found: dict[str, Any]) -> None:
     table = Table("pairs", "pack", "win", "nll x", "dist-2", "first less it, at its NLL")
     for size, packs in found.items():
         for name, row in packs.items():
-            at = row["strengths"].index(1.0)
+            won = row["win_rates"][row["strengths"].index(1.0)]
             gain = "" if "ci" not in row else f"{row['ours_less_it']:+.3f} ({row['ci'][0]:+.3f} to {row['ci'][1]:+.3f})"
-            values = (row["win_rates"][at], row["nll_ratios"][at], row["distinct2_ratio"])
+            values = (won, row["nll_ratio"], row["distinct2_ratio"])
             table.add_row(size.removeprefix("pairs_"), name, *(f"{value:.3f}" for value in values), gain)
     console.print(table)
 

@@ -13,14 +13,14 @@ def packs(results: Results) -> str:
         f"Win rate and NLL at strength 1 of {len({row['user'] for row in result['users']})} people on "
         f"{result['prompts']} unseen prompts; pairs, prompts and seeds are the same. The last column sets `{first}` at "
         "strength 1 against the best that the other pack does at any strength at no higher an NLL, in points, with "
-        "the 95 % bootstrap interval over prompts."
+        "the 95 % bootstrap interval over prompts; an NLL below the base's counts as the base's there."
     )
     rows = []
     for size, found in result["summary"].items():
         for name, row in found.items():
-            at = row["strengths"].index(1.0)
-            cells = [f"`{name}`", size.removeprefix("pairs_"), percent(row["win_rates"][at], 1)]
-            cells += [f"{row['nll_ratios'][at]:.2f} x", f"{row['distinct2_ratio']:.2f} x", _gain(row)]
+            won = row["win_rates"][row["strengths"].index(1.0)]
+            cells = [f"`{name}`", size.removeprefix("pairs_"), percent(won, 1)]
+            cells += [f"{row['nll_ratio']:.2f} x", f"{row['distinct2_ratio']:.2f} x", _gain(row)]
             rows.append(cells)
     head = ["recipe", "pairs", "win rate", "NLL", "distinct-2", f"`{first}` less it, at its NLL"]
     return "\n\n".join([said, table(head, rows), _health(result), source(result)])

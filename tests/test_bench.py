@@ -530,13 +530,12 @@ def test_a_learning_curve_and_people_of_three_tastes_get_their_sections(
     assert "<svg" in (tmp_path / "curves.svg").read_text()
 
 
-def test_the_best_within_an_nll_lies_on_the_lines_between_the_points(bench: dict[str, ModuleType]) -> None:
-    win, ratio = np.array([0.5, 0.6, 0.7, 0.65]), np.array([1.0, 0.95, 1.15, 1.35])
+def test_the_best_within_a_cost_lies_on_the_lines_between_the_points(bench: dict[str, ModuleType]) -> None:
+    win, cost = np.array([0.5, 0.6, 0.7, 0.65]), np.array([1.0, 1.0, 1.2, 1.1])
     best = bench["packs"].best_within
-    assert best(win, ratio, 2.0) == 0.7 and best(win, ratio, 1.15) == 0.7
-    assert best(win, ratio, 1.05) == pytest.approx(0.65)  # halfway between the second and the third
-    assert best(win, ratio, 0.975) == pytest.approx(0.6125)  # past the second
-    assert best(win, ratio, 0.9) == 0.5  # nothing is so fluent: the base's
+    assert best(win, cost, 2.0) == 0.7 and best(win, cost, 1.2) == 0.7 and best(win, cost, 1.0) == 0.6
+    assert best(win, cost, 1.15) == pytest.approx(0.675)  # on the way up to the third, and down to the fourth
+    assert best(win, cost, 1.05) == pytest.approx(0.625)  # a quarter of the way to the third
 
 
 def test_the_difference_at_equal_nll_is_that_of_the_mean_curves(bench: dict[str, ModuleType]) -> None:
@@ -545,7 +544,7 @@ def test_the_difference_at_equal_nll_is_that_of_the_mean_curves(bench: dict[str,
     def row(pack: str, strength: float, won: list[float], nats: float) -> dict[str, Any]:
         said, base = [[nats, 2]] * 4, [[2.0, 2]] * 4
         one = {"user": "a", "pack": pack, "strength": strength, "won": won, "said": said, "said_base": base}
-        return one | {"distinct2_ratio": 1.0, "passes": True}
+        return one | {"nll_ratio": nats / 2.0, "distinct2_ratio": 1.0, "passes": True}
 
     rows = [
         row("ours", 1.0, [1, 1, 1, 0], 2.2),
@@ -553,7 +552,7 @@ def test_the_difference_at_equal_nll_is_that_of_the_mean_curves(bench: dict[str,
         row("theirs", 1.0, [0, 1, 1, 1], 2.4),
     ]
     found = bench["packs"].summary(rows, ["ours", "theirs"])
-    assert found["ours"]["win_rates"] == [0.5, 0.75] and found["ours"]["nll_ratios"] == pytest.approx([1, 1.1])
+    assert found["ours"]["win_rates"] == [0.5, 0.75] and found["ours"]["costs"] == pytest.approx([1, 1.1])
     assert found["theirs"]["ours_less_it"] == pytest.approx(0.75 - 0.625)  # at 1.1 x, halfway to 1.2 x
     low, high = found["theirs"]["ci"]
     assert low < found["theirs"]["ours_less_it"] < high
