@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 from report_arms import alternatives, arms_of, PROMPTED
 from report_cost import contention, latency, scale, serving
 from report_packs import packs
+from report_parity import parity
 from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table
 from report_plots import draw_all
 from report_quality import combined, curves, flipped, other_base, quality, quality_of, SIZES
@@ -127,6 +128,7 @@ SECTIONS = (
     ("Beside virtual tokens for every person", ptuning),
     ("What chance does", directions),
     ("The gate", gate),
+    ("Do engines agree?", parity),
     ("Time to learn a person", learning),
     ("Latency", latency),
     ("Beside other programs", contention),
