@@ -50,4 +50,5 @@ def _batch(result: Result) -> str:
         for row in result["batch"]
     )
     processor = f"a processor {'with' if result['machine']['bf16'] else 'without'} bfloat16 instructions"
-    return f"A batch in ONNX Runtime whose rows have different profiles, against its rows alone, on {processor}: {figures}."
+    said = "A batch in ONNX Runtime whose rows have different profiles, against its rows alone"
+    return f"{said}, on {processor}: {figures}."
