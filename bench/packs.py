@@ -69,6 +69,7 @@ def run(bench: Bench) -> dict[str, Any]:
     sizes = sorted({row["pairs"] for row in rows})
     found = {f"pairs_{size}": summary([row for row in rows if row["pairs"] == size], list(packs)) for size in sizes}
     show(found)
+    bench.__dict__.pop("pack", None)  # the result is of several
     about = {name: described(pack) for name, pack in packs.items()}
     told = [{key: value for key, value in row.items() if key not in BY_PROMPT} for row in rows]
     return {"packs": about, "prompts": len(unseen), "users": told, "summary": found}

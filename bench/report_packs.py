@@ -23,7 +23,7 @@ def packs(results: Results) -> str:
             cells += [f"{row['nll_ratio']:.2f} x", f"{row['distinct2_ratio']:.2f} x", _gain(row)]
             rows.append(cells)
     head = ["recipe", "pairs", "win rate", "NLL", "distinct-2", f"`{first}` less it, at its NLL"]
-    return "\n\n".join([said, table(head, rows), _health(result), source(result)])
+    return "\n\n".join([said, table(head, rows), _health(result), source(result | {"pack_hash": None})])
 
 
 def _gain(row: Result) -> str:
