@@ -1,4 +1,4 @@
-"""The section of `report.py` on latent packs of one base, made by different recipes from the same answers."""
+"""The section of `report.py` on latent packs of one base, made by different recipes."""
 
 from __future__ import annotations
 
