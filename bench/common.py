@@ -393,6 +393,16 @@ def sample_rows(
     return [Answer(row["text"], row["tokens"]) for row in kept.rows]
 
 
+def sample_reference(
+    bench: Bench, questions: Sequence[str], vectors: np.ndarray | None, *, max_tokens: int, label: str
+) -> list[Answer]:
+    """`sample_rows` of the base in PyTorch, as it is or under vectors (n, n_layer, d_model); kept."""
+    seed, model, asked = bench.args.seed + SEED, bench.reference, list(questions)
+    depends = [] if vectors is None else [digest(vectors)]
+    kept = bench.keep("rows", asked, max_tokens, seed, str(model.dtype), *depends)
+    return sample_rows(bench, model, asked, vectors, max_tokens=max_tokens, seed=seed, kept=kept, label=label)
+
+
 def reference_model(bench: Bench) -> Any:
     """The whole base in PyTorch, on the GPU where there is one, bfloat16 where that is fast."""
     from edge_align.runtime.torch_ref import fastest, LlamaReference

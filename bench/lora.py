@@ -26,11 +26,11 @@ from common import (
     chosen_users,
     console,
     count_pairs,
-    digest,
     learn_profile,
     main,
     parser,
     ReferenceScorer,
+    sample_reference,
     sample_rows,
     SEED,
     steering_rows,
@@ -115,20 +115,11 @@ class Trainer:
 
     def unsteered(self, unseen: Sequence[str], cap: int) -> list[Answer]:
         """The base's answers."""
-        return self._sampled("rows", unseen, cap, None, "base answers")
+        return sample_reference(self.bench, unseen, None, max_tokens=cap, label="base answers")
 
     def personal(self, unseen: Sequence[str], cap: int, vectors: np.ndarray) -> list[Answer]:
         """Answers steered by vectors (n, n_layer, d_model)."""
-        return self._sampled("rows", unseen, cap, vectors, "edge-align", digest(vectors))
-
-    def _sampled(
-        self, name: str, unseen: Sequence[str], cap: int, vectors: np.ndarray | None, label: str, *depends: Any
-    ) -> list[Answer]:
-        bench, seed = self.bench, self.bench.args.seed + SEED
-        kept = bench.keep(name, list(unseen), cap, seed, str(bench.reference.dtype), *depends)
-        return sample_rows(
-            bench, bench.reference, list(unseen), vectors, max_tokens=cap, seed=seed, kept=kept, label=label
-        )
+        return sample_reference(self.bench, unseen, vectors, max_tokens=cap, label="edge-align")
 
     def adapter(self, who: User, settings: LoRA | PTuning, size: int) -> Adapter:
         """Train once; kept."""

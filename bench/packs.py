@@ -17,17 +17,14 @@ from typing import Any
 
 import numpy as np
 from common import (
-    Answer,
     answer_nlls,
     Bench,
     chosen_users,
     console,
-    digest,
     learn_profile,
     main,
     parser,
-    sample_rows,
-    SEED,
+    sample_reference,
     steering_rows,
     train_answers,
     users_option,
@@ -37,6 +34,7 @@ from quality import answer_cap, judged, other_judges
 from rich.table import Table
 
 from edge_align.pack import LatentPack, load_pack
+from edge_align.simulation.judges import Judge
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import User, wins
 
@@ -53,7 +51,7 @@ def run(bench: Bench) -> dict[str, Any]:
     strengths[next(iter(packs))] = [1.0]
     questions, answers = train_answers(bench)
     unseen = list(prompts(args.set)[: args.prompts])
-    rows = []
+    second, rows = other_judges(), []
     for size in [int(n) for n in args.sizes.split(",")]:
         for who in chosen_users(args.users):
             pairs = users_pairs(who, questions, answers, n=size, seed=args.seed)
@@ -61,7 +59,8 @@ def run(bench: Bench) -> dict[str, Any]:
                 bench.pack = pack
                 profile = learn_profile(bench, pairs)
                 for strength in strengths[name]:
-                    found = answered(bench, who, unseen, steering_rows(bench, profile.encoder, unseen) * strength)
+                    vectors = steering_rows(bench, profile.encoder, unseen) * strength
+                    found = answered(bench, who, unseen, vectors, second.get(who.name))
                     known = {"user": who.name, "pairs": size, "pack": name, "strength": strength}
                     rows.append(known | {"passes": profile.learnt.heldout.passes} | found)
                     said = f"win {found['win_rate']:.2f}, nll x {found['nll_ratio']:.2f}"
@@ -88,21 +87,15 @@ def described(pack: LatentPack) -> dict[str, Any]:
     return {"hash": pack.hash} | {key: pack.manifest.get(key) for key in named}
 
 
-def answered(bench: Bench, who: User, unseen: list[str], vectors: np.ndarray) -> dict[str, Any]:
+def answered(bench: Bench, who: User, unseen: list[str], vectors: np.ndarray, second: Judge | None) -> dict[str, Any]:
     """Answers under vectors (n, n_layer, d_model) against the base's; by prompt, who won and [nats, tokens] of each."""
-    cap, second = answer_cap(bench, who), other_judges().get(who.name)
-    base, ours = rows_of(bench, unseen, cap, None), rows_of(bench, unseen, cap, vectors)
+    cap = answer_cap(bench, who)
+    base = sample_reference(bench, unseen, None, max_tokens=cap, label="base answers")
+    ours = sample_reference(bench, unseen, vectors, max_tokens=cap, label=who.name)
     won = wins(who.judge, [answer.text for answer in ours], [answer.text for answer in base])
     found = judged(bench, who, unseen, ours, base, second)
     nlls = {"said": answer_nlls(bench, unseen, ours), "said_base": answer_nlls(bench, unseen, base)}
     return found | {"won": won.tolist()} | nlls
-
-
-def rows_of(bench: Bench, unseen: list[str], cap: int, vectors: np.ndarray | None) -> list[Answer]:
-    seed = bench.args.seed + SEED
-    depends = [] if vectors is None else [digest(vectors)]
-    kept = bench.keep("rows", unseen, cap, seed, str(bench.reference.dtype), *depends)
-    return sample_rows(bench, bench.reference, unseen, vectors, max_tokens=cap, seed=seed, kept=kept)
 
 
 # -- at equal NLL --------------------------------------------------------------------------------------------------

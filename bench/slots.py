@@ -30,6 +30,7 @@ from common import (
     parser,
     progress,
     ReferenceScorer,
+    sample_reference,
     sample_rows,
     SEED,
     timed,
@@ -332,16 +333,7 @@ def compare(
     questions, answers = train_answers(bench)
     profile = learn_profile(bench, users_pairs(who, questions, answers, n=args.pairs, seed=args.seed))
     z = torch.from_numpy(profile.learnt.latents.mean(0) * profile.encoder.scale).float()
-    base = sample_rows(
-        bench,
-        bench.reference,
-        list(unseen),
-        None,
-        max_tokens=args.max_tokens,
-        seed=args.seed + SEED,
-        kept=bench.keep("rows", list(unseen), args.max_tokens, args.seed + SEED, str(bench.reference.dtype)),
-        label="base answers",
-    )
+    base = sample_reference(bench, unseen, None, max_tokens=args.max_tokens, label="base answers")
     second = other_judges().get(who.name)
     rows: list[dict[str, Any]] = []
     target = 0.0

@@ -74,6 +74,7 @@ def build_pack(
     folder = out or home.packs_dir / f"{base.id}-{base.hash.removeprefix('sha256:')[:12]}"
     workers = open_workers() if clap is not None else None
     main = workers is None or workers.is_main_process
+    main_first = nullcontext if workers is None else workers.main_process_first
     seconds: dict[str, float] = {}
 
     def stage(name: str) -> Callable[[float], None]:
@@ -94,7 +95,7 @@ def build_pack(
         stack.callback(passes.close)
         reference = _differentiable(base, passes, recipe)
         work = make_private_dir(home.cache_dir / f"pack-{_texts_id(base, passes, config, fast=fast)}")
-        with nullcontext() if workers is None else workers.main_process_first():
+        with main_first():
             answers, states = _collect(base, backend, passes, config, fast=fast, work=work, stage=stage)
         material = _describe(base, backend, answers)
         if read_by is None:
@@ -105,7 +106,7 @@ def build_pack(
         if reference is not None:
             corpus = Corpus(answers, material.features, config.max_tokens, end_tokens(backend)[0])
             if score is not None:
-                with nullcontext() if workers is None else workers.main_process_first():
+                with main_first():
                     pack, gain = rescored(pack, reference, corpus, layers, score, work=work, tell=stage("scores"))
                 health["first_order_gain"] = round(gain, 4)
             if clap is not None:
