@@ -484,6 +484,12 @@ def users_option(p: argparse.ArgumentParser, default: str | None = None) -> None
     p.add_argument("--users", metavar="A,B|GROUP", default=default, help=said)
 
 
+def named_folders(text: str) -> dict[str, Path]:
+    """NAME=DIR,... of an option; none without any."""
+    split = (one.split("=", 1) for one in text.split(",") if one)
+    return {name: Path(folder) for name, folder in split}
+
+
 def count_pairs(who: User, answers: Sequence[Sequence[str]]) -> int:
     """How many pairs this user can tell apart."""
     total = 0

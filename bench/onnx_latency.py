@@ -3,9 +3,10 @@
     edge-align export onnx --from smollm2-135m-instruct --precision int4 --out DIR
     python bench/onnx_latency.py --export DIR --threads 2 --save
 
-onnxruntime-genai is a third engine where it is installed: --genai DIR, made from the same weights by its own model
-builder (int4, cpu). Runs are interleaved in alternating order, greedy, and ratios are of paired runs, as in
-bench/latency.py. The batch is eight rows with eight vectors against the same rows without any.
+onnxruntime-genai is a third engine where it is installed: --genai NAME=DIR,..., builds of the same weights by its own
+model builder (-e cpu), each with its speed and its distance from float32. Runs are interleaved in alternating order,
+greedy, and ratios are of paired runs, as in bench/latency.py. The batch is eight rows with eight vectors against the
+same rows without any.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Bench, console, main, parser, random_latent, sample, SEED
+from common import Bench, console, main, named_folders, parser, random_latent, sample, SEED
 from latency import rounds
 
 from edge_align.config import SamplingConfig
@@ -40,6 +42,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.runs, args.tokens = 2, 8
     vectors = bench.pack.decode(random_latent(bench, 1))
+    builds = {f"genai {name}": folder for name, folder in named_folders(args.genai).items()}
     with OnnxBackend.open(Path(args.export), config=bench.runtime) as onnx:
         assert onnx.info.n_layer == bench.base.n_layer
         prompt = onnx.render(user_prompt(PROMPT))
@@ -50,11 +53,10 @@ def run(bench: Bench) -> dict[str, Any]:
             "onnx_batch": lambda: batch(onnx, prompt, None, args.tokens),
             "onnx_batch_steered": lambda: batch(onnx, prompt, vectors, args.tokens),
         }
-        if args.genai:
-            decode = genai(args.genai, args.threads)
-            arms["genai"] = lambda: decode(prompt, args.tokens)
+        for name, folder in builds.items():
+            arms[name] = partial(genai(folder, args.threads), prompt, args.tokens)
         speeds = rounds(arms, args.runs)
-        loss = fidelity(bench, onnx)
+        loss = fidelity(bench, onnx, builds)
         precision = onnx._model.precision
     found = {
         "precision": precision,
@@ -67,8 +69,8 @@ def run(bench: Bench) -> dict[str, Any]:
         "steered_over_base": asdict(paired_ratio(speeds["onnx_steered"], speeds["onnx"])),
         "batch_steered_over_base": asdict(paired_ratio(speeds["onnx_batch_steered"], speeds["onnx_batch"])),
     }
-    if args.genai:
-        found["onnx_over_genai"] = asdict(paired_ratio(speeds["onnx"], speeds["genai"]))
+    if builds:
+        found["onnx_over_genai"] = {name: asdict(paired_ratio(speeds["onnx"], speeds[name])) for name in builds}
         found["genai_version"] = importlib.metadata.version("onnxruntime-genai")
     for name, value in found.items():
         console.print(name, value)
@@ -83,11 +85,11 @@ def single(backend: Backend, prompt: list[int], vectors: SteeringVectors | None,
     return stats.generation_tps
 
 
-def genai(folder: str, threads: int) -> Callable[[list[int], int], float]:
+def genai(folder: Path, threads: int) -> Callable[[list[int], int], float]:
     """Greedy decoding by onnxruntime-genai: tokens per second after the first."""
     import onnxruntime_genai as og
 
-    config = og.Config(folder)
+    config = og.Config(str(folder))
     if threads:
         options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
         config.overlay(json.dumps(options))
@@ -107,7 +109,7 @@ def genai(folder: str, threads: int) -> Callable[[list[int], int], float]:
     return decode
 
 
-def fidelity(bench: Bench, onnx: OnnxBackend) -> dict[str, dict[str, float]]:
+def fidelity(bench: Bench, onnx: OnnxBackend, builds: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """What each engine's quantisation does to answers of the base: KL from PyTorch float32 on the file's own weights,
     nats a token, and the share of tokens whose likeliest successor is the same. Teacher-forced, unsteered."""
     from edge_align.runtime.torch_ref import LlamaReference
@@ -120,8 +122,7 @@ def fidelity(bench: Bench, onnx: OnnxBackend) -> dict[str, dict[str, float]]:
         "llamacpp": lambda prompt, answer: bench.backend.score(prompt, [answer], vectors=None)[0],
         "onnx": lambda prompt, answer: onnx.score(prompt, [answer], vectors=None)[0],
     }
-    if args.genai:
-        engines["genai"] = genai_logits(args.genai)
+    engines |= {name: genai_logits(folder) for name, folder in builds.items()}
     right = [log_softmax(reference.score(prompt, answer, None)) for prompt, answer in texts]
     found = {}
     for name, score in engines.items():
@@ -132,11 +133,11 @@ def fidelity(bench: Bench, onnx: OnnxBackend) -> dict[str, dict[str, float]]:
     return found
 
 
-def genai_logits(folder: str) -> Callable[[list[int], list[int]], np.ndarray]:
+def genai_logits(folder: Path) -> Callable[[list[int], list[int]], np.ndarray]:
     """Logits of the graph that onnxruntime-genai runs, by ONNX Runtime itself, for the tokens of an answer."""
-    session = library().InferenceSession(str(Path(folder) / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = library().InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     pasts = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
-    size = json.loads((Path(folder) / "genai_config.json").read_text())["model"]["decoder"]["head_size"]
+    size = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["head_size"]
     empty = {value.name: np.zeros((1, value.shape[1], 0, size), np.float32) for value in pasts}
 
     def score(prompt: list[int], answer: list[int]) -> np.ndarray:
@@ -160,7 +161,7 @@ def batch(backend: OnnxBackend, prompt: list[int], vectors: SteeringVectors | No
 if __name__ == "__main__":
     p = parser("Decoding on ONNX Runtime, steered and not, beside llama.cpp.")
     p.add_argument("--export", required=True, help="folder that `edge-align export onnx` made")
-    p.add_argument("--genai", metavar="DIR", help="folder that onnxruntime-genai's builder made")
+    p.add_argument("--genai", default="", metavar="NAME=DIR,...", help="folders that onnxruntime-genai's builder made")
     p.add_argument("--runs", type=int, default=8, help="interleaved runs of each arm")
     p.add_argument("--tokens", type=int, default=64, help="decoded per run")
     main(run, p.parse_args(), __file__)

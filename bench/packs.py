@@ -12,7 +12,6 @@ over prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from common import (
     console,
     learn_profile,
     main,
+    named_folders,
     parser,
     sample_reference,
     steering_rows,
@@ -78,8 +78,7 @@ def opened(bench: Bench, names: str) -> dict[str, LatentPack]:
     """NAME=DIR,...; the shipped pack alone without any."""
     if not names:
         return {"shipped": bench.pack}
-    split = (one.split("=", 1) for one in names.split(","))
-    return {name: load_pack(Path(folder), base_hash=bench.base.hash) for name, folder in split}
+    return {name: load_pack(folder, base_hash=bench.base.hash) for name, folder in named_folders(names).items()}
 
 
 def described(pack: LatentPack) -> dict[str, Any]:

@@ -42,17 +42,14 @@ def latency(results: Results) -> str:
             ratio(onnx["batch_steered_over_base"]),
         ],
     ]
-    if "genai" in onnx.get("against_fp32", {}):
-        second.insert(
-            1, [f"ONNX Runtime over onnxruntime-genai {onnx['genai_version']}", ratio(onnx["onnx_over_genai"])]
-        )
-        second += [
-            [
-                f"KL from float32, {name}, nats a token; same likeliest token",
-                f"{row['kl']:.4f}; {percent(row['same_likeliest'])}",
-            ]
-            for name, row in onnx["against_fp32"].items()
+    second += [[f"ONNX Runtime over {name}", ratio(found)] for name, found in onnx.get("onnx_over_genai", {}).items()]
+    second += [
+        [
+            f"KL from float32, {name}, nats a token; same likeliest token",
+            f"{row['kl']:.4f}; {percent(row['same_likeliest'])}",
         ]
+        for name, row in onnx["against_fp32"].items()
+    ]
     more = f"ONNX Runtime, {onnx['precision']}, {onnx['runs']} interleaved runs of {onnx['tokens']} tokens; "
     more += ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in onnx["tokens_per_sec"].items())
     return "\n\n".join(
