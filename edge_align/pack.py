@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_align.errors import CorruptArtefact, IncompatibleBase, UnsupportedVersion
-from edge_align.files import canonical_json, load_json_object, sha256_bytes, write_atomic
+from edge_align.files import canonical_json, load_json_object, sha256_bytes, shown, write_atomic
 from edge_align.records import SteeringVectors
 from edge_align.tensors import dump_tensors, load_tensors
 
@@ -188,6 +188,10 @@ def load_pack(folder: Path, *, base_hash: str | None = None) -> LatentPack:
 
     Raises CorruptArtefact, UnsupportedVersion, or IncompatibleBase when `base_hash` is another base's.
     """
+    if not (folder / MANIFEST).is_file():
+        raise CorruptArtefact(
+            f"{shown(folder)} holds no latent pack: {MANIFEST} is missing; edge-align export pack makes one"
+        )
     manifest = load_json_object(folder / MANIFEST)
     if manifest.get("kind") != "latent-pack" or not isinstance(manifest.get("schema"), int):
         raise CorruptArtefact(f"{folder / MANIFEST} is not a latent pack's manifest")

@@ -102,6 +102,13 @@ def test_tensors_of_another_pack_are_noticed(folder):
         load_pack(folder)
 
 
+def test_a_folder_without_a_manifest_is_named_as_no_pack(folder):
+    (folder / MANIFEST).unlink()
+    for where in (folder, folder / "nowhere"):
+        with pytest.raises(CorruptArtefact, match="holds no latent pack"):
+            load_pack(where)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_damaged_tensors_are_always_refused(tmp_path_factory, data):
