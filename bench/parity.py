@@ -106,13 +106,14 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def build(bench: Bench) -> Exports:
     """What the engines run, from the cache where it was made before."""
-    sources = [f"export.edge_align_export.{name}" for name in ("onnx_graph", "onnx_weights", "checkpoint", "quantise")]
+    made_by = ("onnx_graph", "onnx_weights", "checkpoint", "quantise", "gguf_file")
+    sources = [f"export.edge_align_export.{name}" for name in made_by]
     folder = bench.cache / f"parity-{digest(bench.base.hash, source_digest(*sources))}"
     folder.mkdir(parents=True, exist_ok=True)
     with progress("exports", 3) as tell:
         if not (folder / "f16" / MANIFEST).is_file():
-            export_gguf(bench.base.path, folder / "f16", quant="F16", threads=bench.runtime.n_threads)
-        f16 = folder / "f16" / str(load_json_object(folder / "f16" / MANIFEST)["file"])
+            export_gguf(bench.base.path, folder / "f16", quants=["F16"], threads=bench.runtime.n_threads)
+        f16 = folder / "f16" / str(load_json_object(folder / "f16" / MANIFEST)["files"][0]["file"])
         tell(1)
         for done, (precision, source) in enumerate((("fp32", f16), ("int4", bench.base.path)), 2):
             if not is_export(folder / precision):

@@ -117,12 +117,20 @@ def pack(
 
 @command.command("gguf")
 @click.option("--from", "source", metavar="DIR|GGUF", required=True, help="A Hugging Face folder, or a GGUF file.")
-@click.option("--quant", metavar="TYPE", default="Q4_K_M", help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, ...")
+@click.option(
+    "--quant",
+    "quants",
+    metavar="TYPE",
+    multiple=True,
+    default=["Q4_K_M"],
+    show_default=True,
+    help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, ...; repeat for several files.",
+)
 @click.option("--out", metavar="DIR", required=True, help="A new or empty folder.")
 @threads_option
 @json_option
 @click.pass_obj
-def gguf(app: App, source: str, quant: str, out: str, runtime: RuntimeConfig) -> None:
+def gguf(app: App, source: str, quants: tuple[str, ...], out: str, runtime: RuntimeConfig) -> None:
     """Convert a checkpoint to GGUF, or a GGUF to another type, with llama.cpp's own quantiser.
 
     Folders of the Llama family and Qwen2 are converted here (config.json, tokenizer.json, safetensors); others by
@@ -133,21 +141,24 @@ def gguf(app: App, source: str, quant: str, out: str, runtime: RuntimeConfig) ->
     folder = Path(out).absolute()
     with stages(lines=True) as progress:
         report = export_gguf(
-            Path(source).absolute(), folder, quant=quant.upper(), threads=runtime.n_threads, progress=progress
+            Path(source).absolute(),
+            folder,
+            quants=[quant.upper() for quant in quants],
+            threads=runtime.n_threads,
+            progress=progress,
         )
     if app.json:
         emit_json(report)
         return
-    file = folder / report["file"]
+    files = [(folder / made["file"], made["size_bytes"]) for made in report["files"]]
     for note in report["notes"]:
         say(f"Note: {note}")
-    shape = f"{report['architecture']}, {report['n_layer']} blocks of width {report['d_model']}"
     show_facts(
         [
-            ("File", f"{file} ({size(report['size_bytes'])})"),
-            ("Model", f"{shape}, {report['quant']}"),
+            *(("File", f"{file} ({size(n_bytes)})") for file, n_bytes in files),
+            ("Model", f"{report['architecture']}, {report['n_layer']} blocks of width {report['d_model']}"),
             ("Time", f"{report['seconds']:.1f} s"),
-            ("Next", f"edge-align export pack --model {shlex.quote(str(file))}"),
+            ("Next", f"edge-align export pack --model {shlex.quote(str(files[-1][0]))}"),
         ]
     )
 

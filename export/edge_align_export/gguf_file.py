@@ -1,10 +1,10 @@
-"""`edge-align export gguf`: a Hugging Face folder or a GGUF becomes one GGUF of the type asked for, and a manifest."""
+"""`edge-align export gguf`: a Hugging Face folder or a GGUF becomes a GGUF of each type asked for, and a manifest."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from edge_align_export.hf_to_gguf import check_convertible, convert, FLOATS
 from edge_align_export.quantise import bits_per_weight, FTYPES, quantise
 from edge_align_export.room import check_memory, empty_folder
 
-SCHEMA = 1
+SCHEMA = 2  # 1: one file
 MANIFEST = "manifest.json"
 ROWS_AT_ONCE = 2**22  # numbers dequantised together when they are checked
 LOSSLESS = frozenset({0, 1, 30})  # ggml types F32, F16, BF16
@@ -30,16 +30,25 @@ Progress = Callable[[str, float], None]
 
 
 def export_gguf(
-    source: Path, out: Path, *, quant: str = "Q4_K_M", threads: int = 0, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    *,
+    quants: Sequence[str] = ("Q4_K_M",),
+    threads: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `<name>-<quant>.gguf` and, last, `manifest.json` into the empty folder `out`; returns the manifest.
+    """Write `<name>-<quant>.gguf` of every type and, last, `manifest.json` into the empty folder `out`.
 
-    source: a GGUF file, or a folder with config.json, tokenizer.json and safetensors. Everything that can be known
-    before is checked before anything is written: settings, weights' names and shapes, NaN in a GGUF, disk, memory.
+    source: a GGUF file, or a folder with config.json, tokenizer.json and safetensors. Returns the manifest. Everything
+    that can be known before is checked before anything is written: settings, weights' names and shapes, NaN in a GGUF,
+    disk, memory. Files get their names together, once all are made.
     Raises InputError, CorruptArtefact, ModelLoadError, StorageError, BackendError, BackendUnavailable.
     """
-    if quant not in FTYPES:
-        raise InputError(f"unknown type {ascii(quant)[:20]}; there are {', '.join(FTYPES)}")
+    quants = list(dict.fromkeys(quants))
+    for quant in quants:
+        if quant not in FTYPES:
+            raise InputError(f"unknown type {ascii(quant)[:20]}; there are {', '.join(FTYPES)}")
+    narrow = [quant for quant in quants if quant not in FLOATS]
     tell = progress or (lambda _stage, _done: None)
     started = time.perf_counter()
     if source.is_file():
@@ -52,30 +61,37 @@ def export_gguf(
         n_values = folder.n_values
         largest = max(int(np.prod(shape, dtype=np.int64)) for shape in folder.shapes.values())
     empty_folder(out)
-    wide = folder is not None and quant not in FLOATS  # by way of a temporary F16
-    needed = int(n_values * (bits_per_weight(quant) + (16 if wide else 0)) / 8)
-    check_disk(out, needed, remedy="free some space, or choose another disk with --out")
+    bits = sum(map(bits_per_weight, quants))
+    if folder is not None and narrow and "F16" not in quants:
+        bits += bits_per_weight("F16")  # a temporary one
+    check_disk(out, int(n_values * bits / 8), remedy="free some space, or choose another disk with --out")
     check_memory(largest * 12)
-    name = f"{_stem(source)}-{quant}.gguf"
+    names = {quant: f"{_stem(source)}-{quant}.gguf" for quant in quants}
     notes = []
     with ExitStack() as stack:
-        target = stack.enter_context(replacing(out / name))
+        targets = {quant: stack.enter_context(replacing(out / name)) for quant, name in names.items()}
         if folder is not None:
-            _from_folder(folder, target, quant, out, threads, tell)
+            _from_folder(folder, targets, threads, tell)
         else:
             assert header is not None
             _check_finite(source, header, tell=lambda done: tell("check", done))
-            if any(tensor.type not in LOSSLESS for tensor in header.tensors.values()) and quant not in FLOATS:
+            if any(tensor.type not in LOSSLESS for tensor in header.tensors.values()) and narrow:
                 notes.append("the source is quantised already: what that lost stays lost")
-            quantise(source, target, quant, threads=threads, tell=lambda done: tell("quantise", done))
-        made = read_header(target)  # whole, and a model
+            for quant, target in targets.items():
+                _quantise(source, target, quant, threads, tell)
+        made = [read_header(target) for target in targets.values()][0]  # whole, and models
     manifest = {
         "schema": SCHEMA,
         "kind": "gguf-export",
-        "file": name,
-        "sha256": sha256_file(out / name),
-        "size_bytes": (out / name).stat().st_size,
-        "quant": quant,
+        "files": [
+            {
+                "file": name,
+                "sha256": sha256_file(out / name),
+                "size_bytes": (out / name).stat().st_size,
+                "quant": quant,
+            }
+            for quant, name in names.items()
+        ],
         "architecture": architecture,
         "n_layer": made.n_layer,
         "d_model": made.d_model,
@@ -89,18 +105,26 @@ def export_gguf(
     return manifest
 
 
-def _from_folder(
-    folder: HFFolder, target: Path, quant: str, out: Path, threads: int, tell: Callable[[str, float], None]
-) -> None:
-    if quant in FLOATS:
-        convert(folder, target, float_type=quant, tell=lambda done: tell("convert", done))
-        return
-    wide = out / f"{target.name}-f16"  # the same prefix, so that it is swept as well
+def _from_folder(folder: HFFolder, targets: dict[str, Path], threads: int, tell: Callable[[str, float], None]) -> None:
+    """Types of floating point straight from the weights, the others by way of F16."""
+    first = next(iter(targets.values()))
+    wide = targets.get("F16", first.with_name(f"{first.name}-f16"))  # the same prefix, so that it is swept as well
+    floats = [quant for quant in targets if quant in FLOATS]
     try:
-        convert(folder, wide, tell=lambda done: tell("convert", done))
-        quantise(wide, target, quant, threads=threads, tell=lambda done: tell("quantise", done))
+        for quant in floats:
+            convert(folder, targets[quant], float_type=quant, tell=lambda done: tell("convert", done))
+        if "F16" not in floats and len(floats) < len(targets):
+            convert(folder, wide, tell=lambda done: tell("convert", done))
+        for quant, target in targets.items():
+            if quant not in FLOATS:
+                _quantise(wide, target, quant, threads, tell)
     finally:
-        wide.unlink(missing_ok=True)
+        if "F16" not in floats:
+            wide.unlink(missing_ok=True)
+
+
+def _quantise(source: Path, target: Path, quant: str, threads: int, tell: Callable[[str, float], None]) -> None:
+    quantise(source, target, quant, threads=threads, tell=lambda done: tell(f"quantise {quant}", done))
 
 
 def _sizes(header: GGUFHeader) -> tuple[int, int]:

@@ -26,9 +26,10 @@ def test_a_file_is_added_listed_and_removed(run, home, tmp_path):
 def test_a_gguf_is_quantised_and_what_cannot_be_is_one_line(run, home, tmp_path):
     model = write_gguf(tmp_path / "tiny.gguf", "gemma")
     out = tmp_path / "out"
-    done = run("export", "gguf", "--from", str(model), "--quant", "q8_0", "--out", str(out), "--threads", "1", "--json")
+    types = ("--quant", "q8_0", "--quant", "f16")
+    done = run("export", "gguf", "--from", str(model), *types, "--out", str(out), "--threads", "1", "--json")
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["file"] == "tiny-Q8_0.gguf"
+    assert [made["file"] for made in json.loads(done.stdout)["files"]] == ["tiny-Q8_0.gguf", "tiny-F16.gguf"]
     again = run("export", "gguf", "--from", str(model), "--out", str(out))
     assert (again.exit_code, again.stdout) == (2, "") and "not empty" in again.stderr
     assert again.stderr.splitlines()[-1].startswith("Error: ")

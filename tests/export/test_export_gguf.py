@@ -65,10 +65,10 @@ def llama_cpp(path: Path) -> tuple[list[int], np.ndarray]:
 # f16 keys and values in llama.cpp's cache move logits by up to .01 here; Q8_0 rounds weights to 1 part in 250
 @pytest.mark.parametrize(("quant", "tolerance"), [("F32", 0.03), ("F16", 0.03), ("Q8_0", 0.5)])
 def test_a_folder_gives_the_tokens_and_logits_that_transformers_has(folder, tmp_path, quant, tolerance):
-    manifest = export_gguf(folder, tmp_path / "out", quant=quant, threads=1)
-    assert manifest["file"] == f"{folder.name.replace(' ', '-')}-{quant}.gguf"
+    manifest = export_gguf(folder, tmp_path / "out", quants=[quant], threads=1)
+    assert manifest["files"][0]["file"] == f"{folder.name.replace(' ', '-')}-{quant}.gguf"
     ids, wanted = reference(folder)
-    tokens, logits = llama_cpp(tmp_path / "out" / manifest["file"])
+    tokens, logits = llama_cpp(tmp_path / "out" / manifest["files"][0]["file"])
     assert tokens == ids
     assert np.abs(logits - wanted).max() < tolerance < np.abs(wanted).max() / 4
     if quant != "Q8_0":
@@ -84,12 +84,12 @@ def test_llama_3_rope_scaling_and_wide_heads_come_along(tmp_path):
         "original_max_position_embeddings": 32,
     }
     folder = write_hf(tmp_path / "hf", "llama", rope_scaling=scaling, head_dim=32, rope_theta=500.0)
-    manifest = export_gguf(folder, tmp_path / "out", quant="F32", threads=1)
+    manifest = export_gguf(folder, tmp_path / "out", quants=["F32"], threads=1)
     ids, wanted = reference(folder)
-    _, logits = llama_cpp(tmp_path / "out" / manifest["file"])
+    _, logits = llama_cpp(tmp_path / "out" / manifest["files"][0]["file"])
     assert len(ids) > 40  # past the original context, where scaling tells
     with pytest.raises(BackendUnavailable, match="scaled rotary embeddings and heads of another width"):
-        LlamaReference(tmp_path / "out" / manifest["file"])  # it would compute something else
+        LlamaReference(tmp_path / "out" / manifest["files"][0]["file"])  # it would compute something else
     assert np.abs(logits - wanted).max() < 0.03
 
 
@@ -128,9 +128,11 @@ def dequantised(source: Path, template: Path, folder: Path) -> Path:
 
 def test_a_gguf_goes_to_a_folder_and_back_without_a_change(tmp_path, llama):
     """GGUF -> dequantised folder -> GGUF F16: the PyTorch reference computes the same on both files."""
-    first = tmp_path / "first" / export_gguf(llama, tmp_path / "first", quant="Q8_0", threads=1)["file"]
+    first = tmp_path / "first" / export_gguf(llama, tmp_path / "first", quants=["Q8_0"], threads=1)["files"][0]["file"]
     folder = dequantised(first, llama, tmp_path / "hf")
-    second = tmp_path / "second" / export_gguf(folder, tmp_path / "second", quant="F16", threads=1)["file"]
+    second = (
+        tmp_path / "second" / export_gguf(folder, tmp_path / "second", quants=["F16"], threads=1)["files"][0]["file"]
+    )
     tokens = list(range(5, 60))
     before, after = (LlamaReference(path).score(tokens[:1], tokens[1:]) for path in (first, second))
     assert np.abs(before - after).max() < 0.02  # Q8_0's products are rounded to F16, by 1 part in 2,048
@@ -142,20 +144,42 @@ def test_a_gguf_goes_to_a_folder_and_back_without_a_change(tmp_path, llama):
 def test_a_gguf_is_quantised_by_llama_cpp_and_described(tmp_path):
     source = write_gguf(tmp_path / "tiny-F32.gguf", "gemma")
     told: list[tuple[str, float]] = []
-    manifest = export_gguf(source, tmp_path / "out", quant="Q4_0", threads=1, progress=lambda *at: told.append(at))
+    manifest = export_gguf(source, tmp_path / "out", quants=["Q4_0"], threads=1, progress=lambda *at: told.append(at))
     made = tmp_path / "out" / "tiny-Q4_0.gguf"
-    assert manifest["file"] == made.name and manifest["sha256"] == sha256_file(made)
+    (file,) = manifest["files"]
+    assert (file["file"], file["quant"], file["sha256"]) == (made.name, "Q4_0", sha256_file(made))
     assert manifest["source_sha256"] == sha256_file(source) and manifest["notes"] == []
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     assert made.stat().st_size < source.stat().st_size / 3
     assert os.stat(made).st_mode & 0o777 == 0o600
-    for stage in ("check", "quantise"):
+    for stage in ("check", "quantise Q4_0"):
         done = [part for name, part in told if name == stage]
         assert done == sorted(done) and done[-1] == 1.0
     a, b = (GGUFTensors(path).read("blk.2.ffn_up.weight") for path in (source, made))
     assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
-    again = export_gguf(made, tmp_path / "again", quant="Q8_0", threads=1)
-    assert "quantised already" in again["notes"][0] and again["file"] == "tiny-Q8_0.gguf"
+    again = export_gguf(made, tmp_path / "again", quants=["Q8_0"], threads=1)
+    assert "quantised already" in again["notes"][0] and again["files"][0]["file"] == "tiny-Q8_0.gguf"
+
+
+@pytest.mark.parametrize("quants", [["F16", "Q8_0", "Q4_0"], ["Q8_0", "Q4_0", "Q8_0"], ["F32", "Q4_0"]])
+def test_several_types_at_once_are_the_files_that_each_would_be(llama, tmp_path, quants):
+    manifest = export_gguf(llama, tmp_path / "out", quants=quants, threads=1)
+    wanted = list(dict.fromkeys(quants))
+    assert [made["quant"] for made in manifest["files"]] == wanted
+    names = {made["file"] for made in manifest["files"]}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"manifest.json"}
+    for made in manifest["files"]:
+        alone = export_gguf(llama, tmp_path / made["quant"], quants=[made["quant"]], threads=1)["files"]
+        assert alone == [made]
+
+
+def test_a_type_that_fails_takes_the_others_with_it(llama, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise BackendError("no")
+
+    monkeypatch.setattr("edge_align_export.gguf_file.quantise", fail)
+    refuse(llama, tmp_path, BackendError, "no", quants=["F16", "Q8_0"])
+    refuse(llama, tmp_path, InputError, "unknown type 'Q9'", quants=["F16", "Q9"])
 
 
 def test_rows_of_a_rotated_half_become_neighbours():
@@ -185,7 +209,7 @@ def refuse(source: Path, tmp_path: Path, error: type[Exception], match: str, **o
     """The error is one line, and nothing is left in the folder, which may not even exist."""
     out = tmp_path / "refused"
     with pytest.raises(error, match=match) as caught:
-        export_gguf(source, out, threads=1, **({"quant": "F16"} | options))
+        export_gguf(source, out, threads=1, **({"quants": ["F16"]} | options))
     assert "\n" not in str(caught.value)
     assert not out.exists() or list(out.iterdir()) == []
 
@@ -232,7 +256,7 @@ def test_damaged_weights_are_found_before_anything_is_written(llama, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5, "intermediate_size": 64}))
     with pytest.raises(CorruptArtefact) as caught:
-        export_gguf(copy, tmp_path / "refused", quant="F16")
+        export_gguf(copy, tmp_path / "refused", quants=["F16"])
     assert "layers.4.input_layernorm.weight is missing" in str(caught.value) and "more" in str(caught.value)
 
 
@@ -247,7 +271,7 @@ def test_nan_and_numbers_beyond_f16_leave_no_file(llama, tmp_path, value, error,
     weights["model.layers.3.mlp.up_proj.weight"][5, 7] = value
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     for quant in ("F16", "Q4_0"):
-        refuse(copy, tmp_path, error, match, quant=quant)
+        refuse(copy, tmp_path, error, match, quants=[quant])
 
 
 def test_a_gguf_with_nan_or_cut_short_is_refused(tmp_path):
@@ -266,7 +290,7 @@ def test_a_folder_in_use_no_room_and_an_unknown_type_are_refused(llama, tmp_path
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty .it holds mine.txt"):
         export_gguf(llama, tmp_path / "full")
-    refuse(llama, tmp_path, InputError, "unknown type 'Q4'", quant="Q4")
+    refuse(llama, tmp_path, InputError, "unknown type 'Q4'", quants=["Q4"])
     usage = type("Usage", (), {"free": 10**6})
     monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
     refuse(llama, tmp_path, StorageError, "are needed, 1 MB are free; .*--out")
@@ -284,8 +308,8 @@ def test_ctrl_c_leaves_nothing_that_loads_and_the_next_run_starts_clean(tmp_path
     source, out = write_gguf(tmp_path / "tiny.gguf", "qwen2"), tmp_path / "out"
     code = (
         "import sys, time; from pathlib import Path; from edge_align_export.gguf_file import export_gguf\n"
-        "def slow(stage, done):\n    print(stage, flush=True); time.sleep(0.5 if stage == 'quantise' else 0)\n"
-        "export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quant='Q8_0', progress=slow)"
+        "def slow(stage, done):\n    print(stage, flush=True); time.sleep(0.5 if 'quantise' in stage else 0)\n"
+        "export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quants=['Q8_0'], progress=slow)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     for how in (signal.SIGINT, signal.SIGKILL):
@@ -303,5 +327,5 @@ def test_ctrl_c_leaves_nothing_that_loads_and_the_next_run_starts_clean(tmp_path
             process.send_signal(how)
         assert process.returncode != 0
         assert [path.name for path in out.iterdir() if not path.name.startswith(".tmp-")] == []
-    assert export_gguf(source, out, quant="Q8_0", threads=1)["file"] == "tiny-Q8_0.gguf"
+    assert export_gguf(source, out, quants=["Q8_0"], threads=1)["files"][0]["file"] == "tiny-Q8_0.gguf"
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "tiny-Q8_0.gguf"]

@@ -28,7 +28,7 @@ def made(tmp_path_factory) -> Path:
     folder = write_hf(place / "hf", "llama")
     (place / "dist").mkdir()
     for quant in ("F16", "Q4_0"):
-        file = export_gguf(folder, place / quant, quant=quant, threads=1)["file"]
+        file = export_gguf(folder, place / quant, quants=[quant], threads=1)["files"][0]["file"]
         (place / quant / file).rename(place / "dist" / file)
     return place
 
@@ -143,7 +143,7 @@ def test_one_changed_tensor_is_a_failure(made, tmp_path):
 
 def test_a_base_that_pytorch_does_not_compute_is_held_to_llama_cpp_and_says_so(tmp_path):
     write_gguf(tmp_path / "a.gguf", "gemma")
-    export_gguf(tmp_path / "a.gguf", tmp_path / "out", quant="Q8_0", threads=1)
+    export_gguf(tmp_path / "a.gguf", tmp_path / "out", quants=["Q8_0"], threads=1)
     report = verify(tmp_path, **FEW)
     assert report["reference_engine"] == "llama.cpp" and "gemma" in report["notes"][0]
     assert {row["artefact"] for row in report["rows"]} == {"out/a-Q8_0.gguf"}
