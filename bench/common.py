@@ -485,7 +485,7 @@ def users_option(p: argparse.ArgumentParser, default: str | None = None) -> None
 
 
 def named_folders(text: str) -> dict[str, Path]:
-    """NAME=DIR,... of an option; none without any."""
+    """NAME=DIR,... of an option; none without any. Raises ValueError, which argparse makes one line of."""
     split = (one.split("=", 1) for one in text.split(",") if one)
     return {name: Path(folder) for name, folder in split}
 

@@ -4,9 +4,11 @@
     python bench/onnx_latency.py --export DIR --threads 2 --save
 
 onnxruntime-genai is a third engine where it is installed: --genai NAME=DIR,..., builds of the same weights by its own
-model builder (-e cpu), each with its speed and its distance from float32. Runs are interleaved in alternating order,
-greedy, and ratios are of paired runs, as in bench/latency.py. The batch is eight rows with eight vectors against the
-same rows without any.
+model builder, each with its speed and its distance from float32. The committed ones were made of the base as a folder
+(transformers reads its GGUF) by `python -m onnxruntime_genai.models.builder -i FOLDER -o DIR -c CACHE -e cpu` with -p
+int4; with --extra_options algo_config=k_quant is_symmetric=false matmul_mixed_precision=last_matmul:int8 as well; with
+block_size=16 besides; and with -p int8. Runs are interleaved in alternating order, greedy, and ratios are of paired
+runs, as in bench/latency.py. The batch is eight rows with eight vectors against the same rows without any.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.runs, args.tokens = 2, 8
     vectors = bench.pack.decode(random_latent(bench, 1))
-    builds = {f"genai {name}": folder for name, folder in named_folders(args.genai).items()}
+    builds = {f"genai {name}": folder for name, folder in args.genai.items()}
     with OnnxBackend.open(Path(args.export), config=bench.runtime) as onnx:
         assert onnx.info.n_layer == bench.base.n_layer
         prompt = onnx.render(user_prompt(PROMPT))
@@ -161,7 +163,8 @@ def batch(backend: OnnxBackend, prompt: list[int], vectors: SteeringVectors | No
 if __name__ == "__main__":
     p = parser("Decoding on ONNX Runtime, steered and not, beside llama.cpp.")
     p.add_argument("--export", required=True, help="folder that `edge-align export onnx` made")
-    p.add_argument("--genai", default="", metavar="NAME=DIR,...", help="folders that onnxruntime-genai's builder made")
+    said = "folders that onnxruntime-genai's builder made"
+    p.add_argument("--genai", type=named_folders, default="", metavar="NAME=DIR,...", help=said)
     p.add_argument("--runs", type=int, default=8, help="interleaved runs of each arm")
     p.add_argument("--tokens", type=int, default=64, help="decoded per run")
     main(run, p.parse_args(), __file__)

@@ -12,6 +12,7 @@ over prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,11 @@ def run(bench: Bench) -> dict[str, Any]:
     return {"packs": about, "prompts": len(unseen), "users": told, "summary": found}
 
 
-def opened(bench: Bench, names: str) -> dict[str, LatentPack]:
-    """NAME=DIR,...; the shipped pack alone without any."""
-    if not names:
+def opened(bench: Bench, folders: dict[str, Path]) -> dict[str, LatentPack]:
+    """By name; the shipped pack alone without any."""
+    if not folders:
         return {"shipped": bench.pack}
-    return {name: load_pack(folder, base_hash=bench.base.hash) for name, folder in named_folders(names).items()}
+    return {name: load_pack(folder, base_hash=bench.base.hash) for name, folder in folders.items()}
 
 
 def described(pack: LatentPack) -> dict[str, Any]:
@@ -179,7 +180,8 @@ def show(found: dict[str, Any]) -> None:
 if __name__ == "__main__":
     p = parser("Latent packs on the same people, pairs, prompts and seeds: win rate over NLL.")
     users_option(p)
-    p.add_argument("--packs", default="", metavar="NAME=DIR,...", help="the first is what the others are set against")
+    said = "the first is what the others are set against"
+    p.add_argument("--packs", type=named_folders, default="", metavar="NAME=DIR,...", help=said)
     p.add_argument("--strengths", default="0.25,0.5,1,1.5", help="of every pack but the first; 1 among them")
     p.add_argument("--sizes", default="100,20", help="pairs learnt from")
     p.add_argument("--set", choices=("test", "validation"), default="test", help="which unseen prompts")

@@ -42,7 +42,9 @@ def latency(results: Results) -> str:
             ratio(onnx["batch_steered_over_base"]),
         ],
     ]
-    second += [[f"ONNX Runtime over {name}", ratio(found)] for name, found in onnx.get("onnx_over_genai", {}).items()]
+    builds = onnx.get("onnx_over_genai", {})
+    named = f"onnxruntime-genai {onnx.get('genai_version')}, "
+    second += [[f"ONNX Runtime over {genai.replace('genai ', named)}", ratio(found)] for genai, found in builds.items()]
     second += [
         [
             f"KL from float32, {name}, nats a token; same likeliest token",
@@ -51,7 +53,8 @@ def latency(results: Results) -> str:
         for name, row in onnx["against_fp32"].items()
     ]
     more = f"ONNX Runtime, {onnx['precision']}, {onnx['runs']} interleaved runs of {onnx['tokens']} tokens; "
-    more += ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in onnx["tokens_per_sec"].items())
+    speeds = onnx["tokens_per_sec"].items()
+    more += ", ".join(f"{name if name in builds else name.replace('_', ' ')} {value:.0f}" for name, value in speeds)
     return "\n\n".join(
         [
             said,
