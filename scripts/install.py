@@ -10,6 +10,7 @@ installed, and in syntax that Python 3.6 reads, so that an old one gets the mess
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ GPUS = {
     "vulkan": ("-DGGML_VULKAN=on", "glslc"),
 }
 """Kind of GPU -> (what llama.cpp is built with, the tool that its build cannot do without)."""
+VULKAN_HEADERS = 272  # of 1.3: llama.cpp sets layers through VK_EXT_layer_settings, which is that old
 
 
 def main() -> None:
@@ -115,6 +117,24 @@ def check_gpu(gpu: str) -> None:
     tool = GPUS[gpu][1]
     if not shutil.which(tool):
         sys.exit(f"building llama.cpp for {gpu} needs {tool}, which is not on the PATH; install its toolkit first")
+    if gpu == "vulkan":
+        check_vulkan_headers()
+
+
+def check_vulkan_headers() -> None:
+    """End here where the first headers a build would find are too old; where none are found, CMake may know better."""
+    sdk = os.environ.get("VULKAN_SDK")
+    for folder in ([Path(sdk, "include")] if sdk else []) + [Path("/usr/local/include"), Path("/usr/include")]:
+        header = folder / "vulkan" / "vulkan_core.h"
+        if not header.is_file():
+            continue
+        found = re.search(r"define VK_HEADER_VERSION (\d+)", header.read_text(errors="replace"))
+        if found and int(found[1]) < VULKAN_HEADERS:
+            sys.exit(
+                f"building llama.cpp for vulkan needs Vulkan headers 1.3.{VULKAN_HEADERS} or newer; those in {folder} "
+                f"are of version {found[1]}; install newer ones and name their folder in VULKAN_SDK"
+            )
+        return
 
 
 def install(python: Path, what: list[str], *, log: Path, cmake_args: str = "") -> None:
