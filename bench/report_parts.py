@@ -21,7 +21,7 @@ class NoResult(LookupError):
 
 
 class Results:
-    """The documents of bench/results, oldest first. `used`: those that were asked for."""
+    """The documents of bench/results."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
         found = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("*.json")]
@@ -29,11 +29,23 @@ class Results:
 
     def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True, shipped: bool = True) -> Result:
         """Of a base that a pack is shipped for, or of any other. Raises NoResult when there is none."""
-        for result in reversed(self._all):
-            own = _of_shipped_base(result) == shipped
-            if result["script"] == script and own and not result["options"].get("quick") and where(result):
-                return result
-        raise NoResult(f"no result of {script}.py under {RESULTS}")
+        return self.newest_first(script, where=where, shipped=shipped)[0]
+
+    def newest_first(
+        self, script: str, *, where: Callable[[Result], bool] = lambda _: True, shipped: bool = True
+    ) -> list[Result]:
+        """As `newest`, all of them."""
+        found = [
+            result
+            for result in reversed(self._all)
+            if result["script"] == script
+            and _of_shipped_base(result) == shipped
+            and not result["options"].get("quick")
+            and where(result)
+        ]
+        if not found:
+            raise NoResult(f"no result of {script}.py under {RESULTS}")
+        return found
 
 
 def percent(share: float, digits: int = 0) -> str:

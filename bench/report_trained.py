@@ -60,7 +60,8 @@ def _trained(results: Results, method: str, said: str) -> str:
         for name, found in result["summary"].items()
         if " less " in name
     )
-    files = "\n\n".join(source(one) for one in ([result] if tuned is result else [result, tuned]))
+    used = {one["file"]: one for one in (result, *result["with"], tuned)}
+    files = "\n\n".join(map(source, used.values()))
     return f"{said}\n\n{table(head, body)}\n\nBy prompt, with the number of pairs: {gains}.\n\n{files}"
 
 
@@ -74,8 +75,19 @@ def _beside(name: str, pairs: int, arms: Sequence[Result | None]) -> list[str]:
 
 
 def tried_of(results: Results, method: str) -> Result:
-    """The newest comparison of a method with ours."""
-    return results.newest("lora", where=lambda r: r["method"] == method)
+    """The newest comparison of a method with ours, and the numbers of pairs that only older ones of the same settings
+    have; `with`: those.
+    """
+    newest, *older = results.newest_first("lora", where=lambda r: r["method"] == method)
+    merged = newest | {"with": []}
+    for result in older:
+        known = {row["pairs"] for row in merged["rows"]}
+        more = [row for row in result["rows"] if row["pairs"] not in known]
+        if more and all(result[key] == newest[key] for key in ("settings", "prompts")):
+            merged["rows"] = merged["rows"] + more
+            merged["summary"] = result["summary"] | merged["summary"]
+            merged["with"] = [*merged["with"], result]
+    return merged
 
 
 def training_time(results: Results) -> str:
