@@ -261,6 +261,7 @@ class NativeContext:
     def close(self) -> None:
         context, self._context = self._context, None
         if context:
+            self.C.llama_synchronize(context)
             self.C.llama_free(context)
 
     # -- steering --------------------------------------------------------------------------------------------------
@@ -275,6 +276,7 @@ class NativeContext:
             self._vectors = vectors
             return
         n_layer, d_model = self.model.n_layer, self.model.d_model
+        self.C.llama_synchronize(self._context)  # a GPU may still compute with the vectors, or without room for any
         if vectors is None:
             code = self.C.llama_set_adapter_cvec(self._context, None, 0, d_model, 0, 0)
         else:
