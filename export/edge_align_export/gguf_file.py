@@ -106,21 +106,20 @@ def export_gguf(
 
 
 def _from_folder(folder: HFFolder, targets: dict[str, Path], threads: int, tell: Callable[[str, float], None]) -> None:
-    """Types of floating point straight from the weights, the others by way of F16."""
+    """Types of floating point straight from the weights, the others by way of F16, a temporary file if need be."""
+    floats = {quant: target for quant, target in targets.items() if quant in FLOATS}
+    narrow = {quant: target for quant, target in targets.items() if quant not in FLOATS}
     first = next(iter(targets.values()))
-    wide = targets.get("F16", first.with_name(f"{first.name}-f16"))  # the same prefix, so that it is swept as well
-    floats = [quant for quant in targets if quant in FLOATS]
+    temporary = first.with_name(f"{first.name}-f16")  # the same prefix, so that it is swept as well
+    if narrow:
+        floats.setdefault("F16", temporary)
     try:
-        for quant in floats:
-            convert(folder, targets[quant], float_type=quant, tell=lambda done: tell("convert", done))
-        if "F16" not in floats and len(floats) < len(targets):
-            convert(folder, wide, tell=lambda done: tell("convert", done))
-        for quant, target in targets.items():
-            if quant not in FLOATS:
-                _quantise(wide, target, quant, threads, tell)
+        for quant, target in floats.items():
+            convert(folder, target, float_type=quant, tell=lambda done: tell("convert", done))
+        for quant, target in narrow.items():
+            _quantise(floats["F16"], target, quant, threads, tell)
     finally:
-        if "F16" not in floats:
-            wide.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _quantise(source: Path, target: Path, quant: str, threads: int, tell: Callable[[str, float], None]) -> None:
