@@ -7,7 +7,9 @@ onnxruntime-genai is a third engine where it is installed: --genai NAME=DIR,...,
 model builder, each with its speed and its distance from float32. The committed ones were made of the base as a folder
 (transformers reads its GGUF) by `python -m onnxruntime_genai.models.builder -i FOLDER -o DIR -c CACHE -e cpu` with -p
 int4; with --extra_options algo_config=k_quant is_symmetric=false matmul_mixed_precision=last_matmul:int8 as well; with
-block_size=16 besides; and with -p int8. Runs are interleaved in alternating order, greedy, and ratios are of paired
+block_size=16 besides; and with -p int8. A fourth is optimum: --optimum NAME=DIR,..., made of that folder by
+`optimum-cli export onnx --model FOLDER --task text-generation-with-past DIR`, and of this by `optimum-cli onnxruntime
+quantize --onnx_model DIR --avx2 -o DIR8`. Runs are interleaved in alternating order, greedy, and ratios are of paired
 runs, as in bench/latency.py. The batch is eight rows with eight vectors against the same rows without any.
 """
 
@@ -21,9 +23,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from common import Bench, console, main, named_folders, parser, random_latent, sample, SEED
 from latency import rounds
 
@@ -45,6 +49,7 @@ def run(bench: Bench) -> dict[str, Any]:
         args.runs, args.tokens = 2, 8
     vectors = bench.pack.decode(random_latent(bench, 1))
     builds = {f"genai {name}": folder for name, folder in args.genai.items()}
+    traced = {f"optimum {name}": optimum(folder, args.threads) for name, folder in args.optimum.items()}
     with OnnxBackend.open(Path(args.export), config=bench.runtime) as onnx:
         assert onnx.info.n_layer == bench.base.n_layer
         prompt = onnx.render(user_prompt(PROMPT))
@@ -57,8 +62,12 @@ def run(bench: Bench) -> dict[str, Any]:
         }
         for name, folder in builds.items():
             arms[name] = partial(genai(folder, args.threads), prompt, args.tokens)
+        for name, model in traced.items():
+            arms[name] = partial(optimum_speed, model, prompt, args.tokens)
         speeds = rounds(arms, args.runs)
-        loss = fidelity(bench, onnx, builds)
+        scores = {name: genai_logits(folder) for name, folder in builds.items()}
+        scores |= {name: partial(optimum_logits, model) for name, model in traced.items()}
+        loss = fidelity(bench, onnx, scores)
         precision = onnx._model.precision
     found = {
         "precision": precision,
@@ -74,6 +83,9 @@ def run(bench: Bench) -> dict[str, Any]:
     if builds:
         found["onnx_over_genai"] = {name: asdict(paired_ratio(speeds["onnx"], speeds[name])) for name in builds}
         found["genai_version"] = importlib.metadata.version("onnxruntime-genai")
+    if traced:
+        found["onnx_over_optimum"] = {name: asdict(paired_ratio(speeds["onnx"], speeds[name])) for name in traced}
+        found["optimum_version"] = importlib.metadata.version("optimum-onnx")
     for name, value in found.items():
         console.print(name, value)
     return found
@@ -111,7 +123,34 @@ def genai(folder: Path, threads: int) -> Callable[[list[int], int], float]:
     return decode
 
 
-def fidelity(bench: Bench, onnx: OnnxBackend, builds: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+def optimum(folder: Path, threads: int) -> Any:
+    """A traced decoder as optimum runs it."""
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    options = library().SessionOptions()
+    options.intra_op_num_threads = threads
+    return ORTModelForCausalLM.from_pretrained(folder, session_options=options)
+
+
+def optimum_speed(model: Any, prompt: list[int], tokens: int) -> float:
+    """Greedy decoding by transformers' loop over optimum's session: tokens per second after the first."""
+    times: list[float] = []
+    streamer = SimpleNamespace(put=lambda _tokens: times.append(time.perf_counter()), end=lambda: None)
+    limits = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    model.generate(torch.tensor([prompt]), do_sample=False, streamer=streamer, **limits)
+    made = times[1:]  # the first is the prompt
+    return (len(made) - 1) / (made[-1] - made[0])
+
+
+def optimum_logits(model: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
+    tokens = torch.tensor([[*prompt, *answer]])
+    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    return np.asarray(logits[0, len(prompt) - 1 : -1].numpy())
+
+
+def fidelity(
+    bench: Bench, onnx: OnnxBackend, others: Mapping[str, Callable[[list[int], list[int]], np.ndarray]]
+) -> dict[str, dict[str, float]]:
     """What each engine's quantisation does to answers of the base: KL from PyTorch float32 on the file's own weights,
     nats a token, and the share of tokens whose likeliest successor is the same. Teacher-forced, unsteered."""
     from edge_align.runtime.torch_ref import LlamaReference
@@ -124,7 +163,7 @@ def fidelity(bench: Bench, onnx: OnnxBackend, builds: Mapping[str, Path]) -> dic
         "llamacpp": lambda prompt, answer: bench.backend.score(prompt, [answer], vectors=None)[0],
         "onnx": lambda prompt, answer: onnx.score(prompt, [answer], vectors=None)[0],
     }
-    engines |= {name: genai_logits(folder) for name, folder in builds.items()}
+    engines |= others
     right = [log_softmax(reference.score(prompt, answer, None)) for prompt, answer in texts]
     found = {}
     for name, score in engines.items():
@@ -165,6 +204,8 @@ if __name__ == "__main__":
     p.add_argument("--export", required=True, help="folder that `edge-align export onnx` made")
     said = "folders that onnxruntime-genai's builder made"
     p.add_argument("--genai", type=named_folders, default="", metavar="NAME=DIR,...", help=said)
+    said = "folders that optimum made"
+    p.add_argument("--optimum", type=named_folders, default="", metavar="NAME=DIR,...", help=said)
     p.add_argument("--runs", type=int, default=8, help="interleaved runs of each arm")
     p.add_argument("--tokens", type=int, default=64, help="decoded per run")
     main(run, p.parse_args(), __file__)

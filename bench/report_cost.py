@@ -45,6 +45,9 @@ def latency(results: Results) -> str:
     builds = onnx.get("onnx_over_genai", {})
     named = f"onnxruntime-genai {onnx.get('genai_version')}, "
     second += [[f"ONNX Runtime over {genai.replace('genai ', named)}", ratio(found)] for genai, found in builds.items()]
+    traced = onnx.get("onnx_over_optimum", {})
+    named = f"optimum-onnx {onnx.get('optimum_version')}, "
+    second += [[f"ONNX Runtime over {name.replace('optimum ', named)}", ratio(found)] for name, found in traced.items()]
     second += [
         [
             f"KL from float32, {name}, nats a token; same likeliest token",
@@ -54,7 +57,9 @@ def latency(results: Results) -> str:
     ]
     more = f"ONNX Runtime, {onnx['precision']}, {onnx['runs']} interleaved runs of {onnx['tokens']} tokens; "
     speeds = onnx["tokens_per_sec"].items()
-    more += ", ".join(f"{name if name in builds else name.replace('_', ' ')} {value:.0f}" for name, value in speeds)
+    more += ", ".join(
+        f"{name if name in {**builds, **traced} else name.replace('_', ' ')} {value:.0f}" for name, value in speeds
+    )
     return "\n\n".join(
         [
             said,

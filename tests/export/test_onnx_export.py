@@ -21,6 +21,7 @@ from edge_align.errors import (
 from edge_align.onnx_files import read_export
 from edge_align.records import SteeringVectors
 from edge_align.runtime.onnx import OnnxBackend
+from edge_align.runtime.onnx_session import library
 from edge_align_export import onnx_export
 from edge_align_export.onnx_export import export_onnx
 from edge_align_export.onnx_weights import quantise_affine
@@ -83,6 +84,31 @@ def test_an_exported_graph_agrees_with_transformers(kind: str, tmp_path: Path) -
             row.ask(token, n_prompt - 1 + i, vectors.array[None])
             singly.append(row.logits())
     assert np.abs(np.array(singly) - expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's tracer
+def test_an_exported_graph_agrees_with_the_one_that_optimum_traces(kind: str, tmp_path: Path) -> None:
+    """Two exporters that share nothing, one ONNX Runtime."""
+    from optimum.exporters.onnx import main_export
+
+    source = make_checkpoint(kind, tmp_path / kind)
+    main_export(
+        source,
+        output=tmp_path / "traced",
+        task="text-generation",
+        library_name="transformers",
+        no_post_process=True,
+        do_validation=False,
+    )
+    session = library().InferenceSession(str(tmp_path / "traced" / "model.onnx"), providers=["CPUExecutionProvider"])
+    tokens = np.array([TOKENS])
+    given = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(len(TOKENS))[None]}
+    (expected,) = session.run(["logits"], {one.name: given[one.name] for one in session.get_inputs()})
+    export_onnx(source, tmp_path / "out", precision="fp32")
+    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
+        (got,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+    assert np.abs(got - expected[0, :-1]).max() <= 1e-4
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.05), ("int8", 0.4), ("int4", 4.0)])
