@@ -20,6 +20,7 @@ from edge_align.errors import BackendUnavailable, InputError, ModelLoadError
 from edge_align.files import sha256_bytes, sha256_file, shown
 from edge_align.gguf_header import GGUFHeader
 from edge_align.gguf_tensors import GGUFTensors
+from edge_align_export.rope import BASE, rope_of, rotary_frequencies, SCALINGS, SLIDING
 
 HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 GGUF_TYPES = ("llama", "qwen2", "qwen3")
@@ -78,13 +79,6 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if not source.is_file():
         raise InputError(f"{shown(source)} is neither a GGUF file nor a folder with a Hugging Face checkpoint")
     return _open_gguf(source)
-
-
-def rotary_frequencies(base: float, d_head: int) -> np.ndarray:
-    """(d_head / 2,) float64: radians per position (arXiv 2104.09864)."""
-    half = d_head // 2
-    frequencies: np.ndarray = base ** (-np.arange(half, dtype=np.float64) / half)
-    return frequencies
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------------
@@ -256,10 +250,12 @@ def _hf_spec(config: dict[str, Any]) -> DecoderSpec:
         if config.get(key) is not None:
             raise BackendUnavailable(f"models with {key} cannot be exported")
     windows = _windows(name, config, n_layer)
-    frequencies = _scaled(rotary_frequencies(float(value("rope_theta", 10000.0)), d_head), config.get("rope_scaling"))
-    local = frequencies
+    rope = rope_of(config, usual=1e6 if name == "gemma3_text" else BASE)
+    if rope.scaling not in SCALINGS:
+        raise BackendUnavailable(f"the rotary scaling {rope.scaling!r} cannot be exported")
+    local = frequencies = rope.frequencies(d_head)
     if name == "gemma3_text":
-        local = rotary_frequencies(float(value("rope_local_base_freq", 10000.0)), d_head)
+        local = rope_of(config, SLIDING).frequencies(d_head)
     per_block = tuple(tuple((local if window else frequencies).tolist()) for window in windows)
     return DecoderSpec(
         architecture=name,
@@ -294,23 +290,6 @@ def _windows(name: str, config: dict[str, Any], n_layer: int) -> tuple[int, ...]
     if name == "mistral":
         return (window,) * n_layer
     raise BackendUnavailable(f"{name} models with a sliding window cannot be exported")
-
-
-def _scaled(frequencies: np.ndarray, scaling: Any) -> np.ndarray:
-    """Rotary frequencies under a config's `rope_scaling`: none, linear, or Llama 3's."""
-    if not isinstance(scaling, dict):
-        return frequencies
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return np.asarray(frequencies / float(scaling["factor"]))
-    if kind != "llama3":
-        raise BackendUnavailable(f"the rotary scaling {kind!r} cannot be exported")
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    turns = float(scaling["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: slow ones are stretched, 1: fast ones stay
-    return np.asarray(frequencies * (kept + (1 - kept) / float(scaling["factor"])))
 
 
 def _json(path: Path) -> dict[str, Any]:

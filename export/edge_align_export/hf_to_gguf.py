@@ -18,6 +18,7 @@ from edge_align.errors import CorruptArtefact, InputError
 from edge_align.files import shown
 from edge_align_export.hf_folder import HFFolder, LISTED, OTHER_CONVERTER
 from edge_align_export.hf_tokenizer import Vocabulary
+from edge_align_export.rope import rope_of, SCALINGS
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 """Classes of `config.json` that are converted -> `general.architecture`."""
@@ -34,17 +35,18 @@ def check_convertible(folder: HFFolder) -> str:
             f"{ascii(folder.architecture)[:60]} is not converted here, only {', '.join(ARCHITECTURES)}; "
             f"{OTHER_CONVERTER}"
         )
-    rope = _rope(folder)[0]
+    rope = rope_of(folder.config)
     uses_window = folder.config.get("sliding_window") and folder.config.get(
         "use_sliding_window", architecture == "llama"
     )
     for name, value, usual in (
         ("hidden_act", folder.config.get("hidden_act", "silu"), ("silu",)),
-        ("rope scaling", rope.get("rope_type", rope.get("type", "default")), ("default", "linear", "llama3")),
+        ("rope scaling", rope.scaling, SCALINGS),
         ("sliding_window", folder.config.get("sliding_window") if uses_window else None, (None,)),
     ):
         if value not in usual:
             raise InputError(f"{shown(folder.path)} has {name} {ascii(value)}, not converted here; {OTHER_CONVERTER}")
+    rope.divisors(_d_head(folder))  # or say what is wrong with its numbers
     expected = _expected(folder, architecture)
     wrong = [f"{name} is missing" for name in expected if name not in folder.shapes]
     wrong += [f"{name} is unknown" for name in folder.shapes if name not in expected and not _ignored(folder, name)]
@@ -77,7 +79,8 @@ def convert(folder: HFFolder, path: Path, *, float_type: str = "F16", tell: Call
     vocabulary.write(writer)
     expected = _expected(folder, architecture)
     kinds = {name: GGMLQuantizationType[float_type if len(shape) == 2 else "F32"] for name, shape in expected.items()}
-    factors = _rope_factors(folder)
+    rope = rope_of(folder.config)
+    factors = rope.divisors(_d_head(folder)).astype(np.float32) if rope.scaling == "llama3" else None
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for name, shape in expected.items():
@@ -148,29 +151,8 @@ def _expected(folder: HFFolder, architecture: str) -> dict[str, tuple[int, ...]]
     return found
 
 
-def _rope(folder: HFFolder) -> tuple[dict[str, Any], float]:
-    """Settings of rope scaling, and the base; transformers 5 keeps both in `rope_parameters`."""
-    rope = folder.config.get("rope_parameters") or folder.config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{shown(folder.path / 'config.json')}: the rope settings are no object")
-    return rope, float(folder.config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
-
-
-def _rope_factors(folder: HFFolder) -> np.ndarray | None:
-    """Llama 3's divisors of the rotary frequencies, (d_head / 2,) float32: long waves slowed down, short ones kept."""
-    rope, base = _rope(folder)
-    if rope.get("rope_type", rope.get("type")) != "llama3":
-        return None
-    half = _d_head(folder) // 2
-    wave = 2 * math.pi * base ** (np.arange(half) / half)
-    low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
-    turns = float(rope.get("original_max_position_embeddings", 8192)) / wave
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1.0 / ((1.0 - kept) / float(rope.get("factor", 8.0)) + kept), dtype=np.float32)
-
-
 def _settings(writer: Any, folder: HFFolder) -> None:
-    rope, base = _rope(folder)
+    rope = rope_of(folder.config)
     n_head, d_head = folder.size("num_attention_heads"), _d_head(folder)
     writer.add_name(folder.path.resolve().name)
     writer.add_block_count(folder.size("num_hidden_layers"))
@@ -182,12 +164,12 @@ def _settings(writer: Any, folder: HFFolder) -> None:
     writer.add_layer_norm_rms_eps(float(folder.config.get("rms_norm_eps", 1e-6)))
     writer.add_vocab_size(folder.size("vocab_size"))
     writer.add_rope_dimension_count(d_head)
-    writer.add_rope_freq_base(base)
+    writer.add_rope_freq_base(rope.base)
     if d_head * n_head != folder.size("hidden_size"):
         writer.add_key_length(d_head)
         writer.add_value_length(d_head)
-    if rope.get("rope_type", rope.get("type")) == "linear":
+    if rope.scaling == "linear":
         from gguf import RopeScalingType
 
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_factor(rope.number("factor"))

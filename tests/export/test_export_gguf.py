@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference.tiny_checkpoints import as_transformers_5
 
 from edge_align.config import RuntimeConfig
 from edge_align.errors import (
@@ -75,7 +76,8 @@ def test_a_folder_gives_the_tokens_and_logits_that_transformers_has(folder, tmp_
         assert (logits.argmax(1) == wanted.argmax(1)).mean() >= 0.95
 
 
-def test_llama_3_rope_scaling_and_wide_heads_come_along(tmp_path):
+@pytest.mark.parametrize("newer", [False, True])
+def test_llama_3_rope_scaling_and_wide_heads_come_along(tmp_path, newer):
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -84,8 +86,10 @@ def test_llama_3_rope_scaling_and_wide_heads_come_along(tmp_path):
         "original_max_position_embeddings": 32,
     }
     folder = write_hf(tmp_path / "hf", "llama", rope_scaling=scaling, head_dim=32, rope_theta=500.0)
-    manifest = export_gguf(folder, tmp_path / "out", quants=["F32"], threads=1)
     ids, wanted = reference(folder)
+    if newer:
+        as_transformers_5(folder)
+    manifest = export_gguf(folder, tmp_path / "out", quants=["F32"], threads=1)
     _, logits = llama_cpp(tmp_path / "out" / manifest["files"][0]["file"])
     assert len(ids) > 40  # past the original context, where scaling tells
     with pytest.raises(BackendUnavailable, match="scaled rotary embeddings and heads of another width"):

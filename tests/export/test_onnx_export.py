@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference.tiny_checkpoints import KINDS, make_checkpoint
+from reference.tiny_checkpoints import as_transformers_5, KINDS, make_checkpoint
 
 from edge_align.config import RuntimeConfig
 from edge_align.errors import (
@@ -84,6 +84,18 @@ def test_an_exported_graph_agrees_with_transformers(kind: str, tmp_path: Path) -
             row.ask(token, n_prompt - 1 + i, vectors.array[None])
             singly.append(row.logits())
     assert np.abs(np.array(singly) - expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_transformers_5_gives_the_same_graph(kind: str, tmp_path: Path) -> None:
+    """It spells rotary settings otherwise; read as the older ones, they would be passed over without a word."""
+    source = make_checkpoint(kind, tmp_path / kind)
+    expected = by_transformers(source, TOKENS, None, 0)[:-1]
+    as_transformers_5(source)
+    export_onnx(source, tmp_path / "out", precision="fp32")
+    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
+        (got,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+    assert np.abs(got - expected).max() <= 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -38,7 +38,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": 8},
     "qwen2": {},
-    "qwen3": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True, "rope_theta": 1e6},
     "gemma": {"head_dim": 32},
     "gemma3_text": {
         "sliding_window": 8,
@@ -71,6 +71,18 @@ def make_checkpoint(kind: str, folder: Path, *, seed: int = 0) -> Path:
         json.dumps({"bos_token": "<bos>", "eos_token": {"content": "<eos>"}, "chat_template": TEMPLATE})
     )
     return folder
+
+
+def as_transformers_5(folder: Path) -> None:
+    """Rewrite the rotary settings of config.json the way transformers 5 spells them (tried with 5.24.0)."""
+    config = json.loads((folder / "config.json").read_text())
+    main = {"rope_theta": config.pop("rope_theta")} | (config.pop("rope_scaling", None) or {"rope_type": "default"})
+    if "rope_local_base_freq" in config:
+        local = {"rope_theta": config.pop("rope_local_base_freq"), "rope_type": "default"}
+        config["rope_parameters"] = {"full_attention": main, "sliding_attention": local}
+    else:
+        config["rope_parameters"] = main
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def byte_tokenizer() -> dict[str, Any]:
