@@ -24,7 +24,8 @@ def by_transformers(base: float, scaling: dict[str, Any] | None) -> np.ndarray:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig(hidden_size=2 * D_HEAD, num_attention_heads=2, rope_theta=base, rope_scaling=scaling)
+    own = None if scaling is None else dict(scaling)  # transformers 5 writes into it
+    config = LlamaConfig(hidden_size=2 * D_HEAD, num_attention_heads=2, rope_theta=base, rope_scaling=own)
     return np.asarray(LlamaRotaryEmbedding(config).inv_freq.numpy())
 
 

@@ -76,6 +76,8 @@ def make_checkpoint(kind: str, folder: Path, *, seed: int = 0) -> Path:
 def as_transformers_5(folder: Path) -> None:
     """Rewrite the rotary settings of config.json the way transformers 5 spells them (tried with 5.24.0)."""
     config = json.loads((folder / "config.json").read_text())
+    if "rope_parameters" in config:  # it runs
+        return
     main = {"rope_theta": config.pop("rope_theta")} | (config.pop("rope_scaling", None) or {"rope_type": "default"})
     if "rope_local_base_freq" in config:
         local = {"rope_theta": config.pop("rope_local_base_freq"), "rope_type": "default"}
