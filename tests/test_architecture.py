@@ -141,6 +141,7 @@ edge_align_export.score
 edge_align_export.curves
 edge_align_export.pack
 edge_align_export.room
+edge_align_export.rope
 edge_align_export.hf_folder
 edge_align_export.hf_tokenizer
 edge_align_export.hf_to_gguf

@@ -30,7 +30,7 @@ class Rope:
 
     def frequencies(self, d_head: int) -> np.ndarray:
         """Radians per position, (d_head / 2,) float64. Raises InputError."""
-        return rotary_frequencies(self.base, d_head) / self.divisors(d_head)
+        return np.asarray(rotary_frequencies(self.base, d_head) / self.divisors(d_head))
 
     def divisors(self, d_head: int) -> np.ndarray:
         """What the scaling divides frequencies by, (d_head / 2,) float64; Llama 3's slows the slow ones down and
