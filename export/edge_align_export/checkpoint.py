@@ -246,8 +246,8 @@ def _hf_spec(config: dict[str, Any]) -> DecoderSpec:
     activation = "gelu_pytorch_tanh" if gemma and activation == "gelu" else activation  # as transformers does
     if activation not in ("silu", "gelu_pytorch_tanh"):
         raise BackendUnavailable(f"the activation {activation!r} cannot be exported")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if config.get(key) is not None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key) not in (None, False):
             raise BackendUnavailable(f"models with {key} cannot be exported")
     windows = _windows(name, config, n_layer)
     rope = rope_of(config, usual=1e6 if name == "gemma3_text" else BASE)

@@ -86,6 +86,46 @@ def test_an_exported_graph_agrees_with_transformers(kind: str, tmp_path: Path) -
     assert np.abs(np.array(singly) - expected).max() <= 1e-3
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1, "rms_norm_eps": 1e-2}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rope_theta": 500.0}),
+        ("mistral", {"sliding_window": None, "head_dim": 32}),
+        ("qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 8}),
+        ("qwen3", {"attention_bias": True, "head_dim": 32, "num_key_value_heads": 4}),
+        ("gemma", {"attention_bias": True}),
+        ("gemma3_text", {"query_pre_attn_scalar": 64, "tie_word_embeddings": False, "rope_local_base_freq": 500.0}),
+        ("gemma3_text", {"layer_types": ["full_attention"] + ["sliding_attention"] * 3}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ],
+)
+def test_settings_mean_what_they_mean_to_transformers(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    source = make_checkpoint(kind, tmp_path / kind, **settings)
+    export_onnx(source, tmp_path / "out", precision="fp32")
+    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
+        (got,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+    assert np.abs(got - by_transformers(source, TOKENS, None, 0)[:-1]).max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "match"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 3.0}}, "rotary scaling 'yarn'"),
+        ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "qwen2 models with a sliding window"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_what_the_graph_does_not_compute_is_refused_by_name(
+    kind: str, settings: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    source = make_checkpoint(kind, tmp_path / kind, **settings)
+    refused(source, tmp_path / "out", BackendUnavailable, match)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_transformers_5_gives_the_same_graph(kind: str, tmp_path: Path) -> None:
     """It spells rotary settings otherwise; read as the older ones, they would be passed over without a word."""

@@ -53,13 +53,13 @@ TEMPLATE = (
 )
 
 
-def make_checkpoint(kind: str, folder: Path, *, seed: int = 0) -> Path:
-    """Write config, weights (biases and norms random too) and a tokenizer of single bytes."""
+def make_checkpoint(kind: str, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """Write config (`settings` over the kind's own), weights (biases and norms random too) and a tokenizer of bytes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **SIZES | EXTRA[kind])
+    config = AutoConfig.for_model(kind, **SIZES | EXTRA[kind] | settings)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
