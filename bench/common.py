@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 def provenance(bench: Bench, name: str, seconds: float) -> dict[str, Any]:
     """What a figure depends on besides the script; no paths."""
-    hidden = ("home", "cache", "save", "model", "packs", "export", "genai")  # no paths
+    hidden = ("home", "cache", "save", "model", "packs", "export", "genai", "optimum")  # no paths
     return {
         "script": Path(name).stem,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -129,7 +129,8 @@ def optimum(folder: Path, threads: int) -> Any:
 
     options = library().SessionOptions()
     options.intra_op_num_threads = threads
-    return ORTModelForCausalLM.from_pretrained(folder, session_options=options)
+    (graph,) = folder.glob("*.onnx")  # its name tells whether it is quantised
+    return ORTModelForCausalLM.from_pretrained(folder, file_name=graph.name, session_options=options)
 
 
 def optimum_speed(model: Any, prompt: list[int], tokens: int) -> float:
@@ -137,7 +138,8 @@ def optimum_speed(model: Any, prompt: list[int], tokens: int) -> float:
     times: list[float] = []
     streamer = SimpleNamespace(put=lambda _tokens: times.append(time.perf_counter()), end=lambda: None)
     limits = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-    model.generate(torch.tensor([prompt]), do_sample=False, streamer=streamer, **limits)
+    given = torch.tensor([prompt])
+    model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, streamer=streamer, **limits)
     made = times[1:]  # the first is the prompt
     return (len(made) - 1) / (made[-1] - made[0])
 
