@@ -78,15 +78,6 @@ def gate(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def learnt_in(results: Results) -> list[Result]:
-    """The newest result on a processor that multiplies bfloat16, and on one that does not."""
-    found = []
-    for bf16 in (True, False):
-        with suppress(NoResult):
-            found.append(results.newest("personalize_time", where=lambda r, b=bf16: r["machine"]["bf16"] == b))
-    return found
-
-
 def own_dtype(result: Result) -> Result:
     """The seconds of the dtype that `personalize` takes there."""
     return dict(result["warm_sec"]["bf16" if result["machine"]["bf16"] else "fp32"])
@@ -94,7 +85,7 @@ def own_dtype(result: Result) -> Result:
 
 def learning(results: Results) -> str:
     parts = []
-    for result in learnt_in(results):
+    for result in results.by_processor("personalize_time"):
         rows = [
             [
                 dtype,
@@ -157,14 +148,14 @@ def page(results: Results) -> str:
 def readme_table(results: Results) -> str:
     found, _ = quality_of(results, 100)
     time, lora = (results.newest(name) for name in ("personalize_time", "training_time"))
-    speed, onnx = results.newest("latency"), results.newest("onnx_latency")
+    speed = results.newest("latency")
     drawn = results.newest("nulls", where=lambda r: "directions" in r)
     (other, *_), others = arms_of(results, SIZES[0])
     cost = lora["trained"][LORA]
     times = [
         f"{own_dtype(one)['sum']:.1f} s; {own_dtype(one)['check']:.1f} s "
         f"({'with' if one['machine']['bf16'] else 'without'} bfloat16)"
-        for one in learnt_in(results)
+        for one in results.by_processor("personalize_time")
     ]
 
     def won(size: int) -> str:
@@ -176,7 +167,11 @@ def readme_table(results: Results) -> str:
         rows = gate_of(results, pairs)[1][kind]
         return percent(sum(row["passed"] for row in rows) / sum(row["draws"] for row in rows), 1)
 
-    tokens = onnx["tokens_per_sec"]
+    decoded = [
+        ", ".join(f"{one['tokens_per_sec'][name]:.0f}" for name in ("llamacpp", "onnx", "onnx_batch_steered"))
+        + f" ({'with' if one['machine']['bf16'] else 'without'} bfloat16)"
+        for one in results.by_processor("onnx_latency")
+    ]
     arms = [speed["instead"]["arms"][name] for name in ("LoRA adapter, rank 8", PROMPTED[1])]
     slower = [(arm["speed_over_profile"]["median"], arm["first_token_over_profile"]["median"]) for arm in arms]
     users = len({row["user"] for row in found["users"]})
@@ -223,9 +218,8 @@ def readme_table(results: Results) -> str:
                 "; ".join(f"{fast:.2f}, {first:.1f} x" for fast, first in slower),
             ],
             [
-                f"tokens per second: llama.cpp, ONNX Runtime {onnx['precision']}, {onnx['batch_rows']} differently "
-                "steered rows of it",
-                ", ".join(f"{tokens[name]:.0f}" for name in ("llamacpp", "onnx", "onnx_batch_steered")),
+                "tokens per second: llama.cpp, ONNX Runtime int4, 8 differently steered rows of it",
+                "; ".join(decoded),
             ],
             ["switching profile", f"{speed['switch']['total_ms']:.1f} ms"],
             ["size of a profile", f"{time['profile_bytes']['constant'] / 1024:.1f} KiB"],

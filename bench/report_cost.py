@@ -33,8 +33,20 @@ def latency(results: Results) -> str:
     speed = result["tokens_per_sec"]
     said = f"llama.cpp, {result['runs']} interleaved runs of {result['tokens']} tokens, medians with 95 % intervals; "
     said += ", ".join(f"{name} {value:.0f}" for name, value in speed.items()) + " tokens per second."
-    onnx = results.newest("onnx_latency")
-    second = [
+    return "\n\n".join(
+        [
+            said,
+            table(["", "median (95 % interval)"], rows),
+            table(["prompt tokens", "first token, base", "personal", "ratio"], first),
+            *([instead(result["instead"])] if "instead" in result else []),
+            source(result),
+            *map(_onnx, results.by_processor("onnx_latency")),
+        ]
+    )
+
+
+def _onnx(onnx: Result) -> str:
+    rows = [
         ["ONNX Runtime over llama.cpp", ratio(onnx["onnx_over_llamacpp"])],
         ["steered over unsteered", ratio(onnx["steered_over_base"])],
         [
@@ -44,14 +56,14 @@ def latency(results: Results) -> str:
     ]
     builds = onnx.get("onnx_over_genai", {})
     named = f"onnxruntime-genai {onnx.get('genai_version')}, "
-    second += [[f"ONNX Runtime over {genai.replace('genai ', named)}", ratio(found)] for genai, found in builds.items()]
+    rows += [[f"ONNX Runtime over {genai.replace('genai ', named)}", ratio(found)] for genai, found in builds.items()]
     traced = onnx.get("onnx_over_optimum", {})
     named = f"optimum-onnx {onnx.get('optimum_version')}, "
-    second += [[f"ONNX Runtime over {name.replace('optimum ', named)}", ratio(found)] for name, found in traced.items()]
-    second += [
+    rows += [[f"ONNX Runtime over {name.replace('optimum ', named)}", ratio(found)] for name, found in traced.items()]
+    rows += [
         [
             f"KL from float32, {name}, nats a token; same likeliest token",
-            f"{row['kl']:.4f}; {percent(row['same_likeliest'])}",
+            f"{round(row['kl'], 4) + 0.0:.4f}; {percent(row['same_likeliest'])}",
         ]
         for name, row in onnx["against_fp32"].items()
     ]
@@ -60,18 +72,8 @@ def latency(results: Results) -> str:
     more += ", ".join(
         f"{name if name in {**builds, **traced} else name.replace('_', ' ')} {value:.0f}" for name, value in speeds
     )
-    return "\n\n".join(
-        [
-            said,
-            table(["", "median (95 % interval)"], rows),
-            table(["prompt tokens", "first token, base", "personal", "ratio"], first),
-            *([instead(result["instead"])] if "instead" in result else []),
-            source(result),
-            more + " tokens per second.",
-            table(["", "median (95 % interval)"], second),
-            source(onnx),
-        ]
-    )
+    more += " tokens per second."
+    return "\n\n".join([more, table(["", "median (95 % interval)"], rows), source(onnx)])
 
 
 def serving(results: Results) -> str:

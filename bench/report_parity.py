@@ -10,10 +10,7 @@ PARTS = ("logits", "preferences")
 def parity(results: Results) -> str:
     """Floating point engines by logits, rounded ones by what a profile does to pairs, batches by their single runs."""
     logits, preferences = (results.newest("parity", where=lambda r, part=part: part in r) for part in PARTS)
-    batches = [
-        results.newest("parity", where=lambda r, bf16=bf16: "batch" in r and r["machine"]["bf16"] == bf16)
-        for bf16 in (True, False)
-    ]
+    batches = results.by_processor("parity", where=lambda r: "batch" in r)
     used = {result["file"]: result for result in (logits, preferences, *batches)}
     parts = [_logits(logits), _preferences(preferences), *map(_batch, batches), *map(source, used.values())]
     return "\n\n".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ class Results:
     def newest(self, script: str, *, where: Callable[[Result], bool] = lambda _: True, shipped: bool = True) -> Result:
         """Of a base that a pack is shipped for, or of any other. Raises NoResult when there is none."""
         return self.newest_first(script, where=where, shipped=shipped)[0]
+
+    def by_processor(self, script: str, *, where: Callable[[Result], bool] = lambda _: True) -> list[Result]:
+        """The newest on a processor that multiplies bfloat16, and on one that does not; those that there are."""
+        found = []
+        for bf16 in (True, False):
+            with suppress(NoResult):
+                found.append(self.newest(script, where=lambda r, b=bf16: where(r) and r["machine"]["bf16"] == b))
+        return found
 
     def newest_first(
         self, script: str, *, where: Callable[[Result], bool] = lambda _: True, shipped: bool = True
