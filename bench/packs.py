@@ -46,7 +46,7 @@ BY_PROMPT = ("won", "said", "said_base")  # what the summary needs of a row, too
 def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
-        args.prompts, args.max_tokens, args.users, args.sizes = 3, 8, "short,simple_words", "8"
+        args.prompts, args.max_tokens, args.users, args.sizes = 4, 24, "short,simple_words", "8"
     packs = opened(bench, args.packs)
     strengths = {name: [float(one) for one in args.strengths.split(",")] for name in packs}
     strengths[next(iter(packs))] = [1.0]
