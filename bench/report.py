@@ -15,7 +15,7 @@ from report_arms import alternatives, arms_of, PROMPTED
 from report_cost import contention, latency, scale, serving
 from report_packs import packs
 from report_parity import parity
-from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table
+from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table, with_bf16
 from report_plots import draw_all
 from report_quality import combined, curves, flipped, other_base, quality, quality_of, SIZES
 from report_trained import AT_KL, LORA, lora, ptuning, training_time, tried_of
@@ -153,8 +153,7 @@ def readme_table(results: Results) -> str:
     (other, *_), others = arms_of(results, SIZES[0])
     cost = lora["trained"][LORA]
     times = [
-        f"{own_dtype(one)['sum']:.1f} s; {own_dtype(one)['check']:.1f} s "
-        f"({'with' if one['machine']['bf16'] else 'without'} bfloat16)"
+        f"{own_dtype(one)['sum']:.1f} s; {own_dtype(one)['check']:.1f} s ({with_bf16(one)})"
         for one in results.by_processor("personalize_time")
     ]
 
@@ -169,8 +168,10 @@ def readme_table(results: Results) -> str:
 
     decoded = [
         ", ".join(f"{one['tokens_per_sec'][name]:.0f}" for name in ("llamacpp", "onnx", "onnx_batch_steered"))
-        + f" ({'with' if one['machine']['bf16'] else 'without'} bfloat16)"
-        for one in results.by_processor("onnx_latency")
+        + f" ({with_bf16(one)})"
+        for one in results.by_processor(
+            "onnx_latency", where=lambda r: (r["precision"], r["batch_rows"]) == ("int4", 8)
+        )
     ]
     arms = [speed["instead"]["arms"][name] for name in ("LoRA adapter, rank 8", PROMPTED[1])]
     slower = [(arm["speed_over_profile"]["median"], arm["first_token_over_profile"]["median"]) for arm in arms]

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from report_parts import percent, ratio, Result, Results, source, table
 
+OTHER_RUNTIMES = {"genai": "onnxruntime-genai", "optimum": "optimum-onnx"}
+"""Arm of onnx_latency.py -> package."""
+
 
 def latency(results: Results) -> str:
     result = results.newest("latency")
@@ -54,12 +57,12 @@ def _onnx(onnx: Result) -> str:
             ratio(onnx["batch_steered_over_base"]),
         ],
     ]
-    builds = onnx.get("onnx_over_genai", {})
-    named = f"onnxruntime-genai {onnx.get('genai_version')}, "
-    rows += [[f"ONNX Runtime over {genai.replace('genai ', named)}", ratio(found)] for genai, found in builds.items()]
-    traced = onnx.get("onnx_over_optimum", {})
-    named = f"optimum-onnx {onnx.get('optimum_version')}, "
-    rows += [[f"ONNX Runtime over {name.replace('optimum ', named)}", ratio(found)] for name, found in traced.items()]
+    others = set()
+    for key, package in OTHER_RUNTIMES.items():
+        found = onnx.get(f"onnx_over_{key}", {})
+        named = f"{package} {onnx.get(f'{key}_version')}, "
+        rows += [[f"ONNX Runtime over {name.replace(f'{key} ', named)}", ratio(one)] for name, one in found.items()]
+        others |= found.keys()
     rows += [
         [
             f"KL from float32, {name}, nats a token; same likeliest token",
@@ -69,9 +72,7 @@ def _onnx(onnx: Result) -> str:
     ]
     more = f"ONNX Runtime, {onnx['precision']}, {onnx['runs']} interleaved runs of {onnx['tokens']} tokens; "
     speeds = onnx["tokens_per_sec"].items()
-    more += ", ".join(
-        f"{name if name in {**builds, **traced} else name.replace('_', ' ')} {value:.0f}" for name, value in speeds
-    )
+    more += ", ".join(f"{name if name in others else name.replace('_', ' ')} {value:.0f}" for name, value in speeds)
     more += " tokens per second."
     return "\n\n".join([more, table(["", "median (95 % interval)"], rows), source(onnx)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from report_parts import percent, Result, Results, source, table
+from report_parts import percent, Result, Results, source, table, with_bf16
 
 PARTS = ("logits", "preferences")
 
@@ -46,6 +46,6 @@ def _batch(result: Result) -> str:
         f"{row['precision']}, {row['rows']} rows: {percent(row['same_text'])} the same greedy text"
         for row in result["batch"]
     )
-    processor = f"a processor {'with' if result['machine']['bf16'] else 'without'} bfloat16 instructions"
+    processor = f"a processor {with_bf16(result)} instructions"
     said = "A batch in ONNX Runtime whose rows have different profiles, against its rows alone"
     return f"{said}, on {processor}: {figures}."

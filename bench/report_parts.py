@@ -93,6 +93,11 @@ def _shipped(field: str) -> frozenset[str]:
     return frozenset(json.loads(path.read_text())[field] for path in MODELS.glob("*/manifest.json"))
 
 
+def with_bf16(result: Result) -> str:
+    """Does its processor multiply bfloat16?"""
+    return f"{'with' if result['machine']['bf16'] else 'without'} bfloat16"
+
+
 def source(result: Result) -> str:
     """The command, the machine and the file of a result."""
     hidden = ("quick", "seed", "threads")
@@ -102,9 +107,8 @@ def source(result: Result) -> str:
         if key not in hidden and value not in (None, False)
     ]
     machine = result["machine"]
-    bf16 = "with" if machine["bf16"] else "without"
     return (
         f"`python bench/{result['script']}.py {' '.join(options)}` at {result['commit']}, {result['date'][:10]}, "
-        f"{machine['cores']} cores of {machine['cpu']} {bf16} bfloat16 instructions: "
+        f"{machine['cores']} cores of {machine['cpu']} {with_bf16(result)} instructions: "
         f"[{result['file']}](../bench/results/{result['file']}){earlier(result)}"
     )

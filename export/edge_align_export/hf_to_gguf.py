@@ -18,7 +18,7 @@ from edge_align.errors import CorruptArtefact, InputError
 from edge_align.files import shown
 from edge_align_export.hf_folder import HFFolder, LISTED, OTHER_CONVERTER
 from edge_align_export.hf_tokenizer import Vocabulary
-from edge_align_export.rope import rope_of, SCALINGS
+from edge_align_export.rope import Rope, rope_of, SCALINGS
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 """Classes of `config.json` that are converted -> `general.architecture`."""
@@ -74,12 +74,12 @@ def convert(folder: HFFolder, path: Path, *, float_type: str = "F16", tell: Call
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(MODEL_ARCH(arch), folder.size("num_hidden_layers"))
     writer = GGUFWriter(path, architecture)
-    _settings(writer, folder)
+    rope = rope_of(folder.config)
+    _settings(writer, folder, rope)
     writer.add_file_type(LlamaFileType.ALL_F32 if float_type == "F32" else LlamaFileType[f"MOSTLY_{float_type}"])
     vocabulary.write(writer)
     expected = _expected(folder, architecture)
     kinds = {name: GGMLQuantizationType[float_type if len(shape) == 2 else "F32"] for name, shape in expected.items()}
-    rope = rope_of(folder.config)
     factors = rope.divisors(_d_head(folder)).astype(np.float32) if rope.scaling == "llama3" else None
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
@@ -151,8 +151,7 @@ def _expected(folder: HFFolder, architecture: str) -> dict[str, tuple[int, ...]]
     return found
 
 
-def _settings(writer: Any, folder: HFFolder) -> None:
-    rope = rope_of(folder.config)
+def _settings(writer: Any, folder: HFFolder, rope: Rope) -> None:
     n_head, d_head = folder.size("num_attention_heads"), _d_head(folder)
     writer.add_name(folder.path.resolve().name)
     writer.add_block_count(folder.size("num_hidden_layers"))

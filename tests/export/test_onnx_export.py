@@ -64,6 +64,14 @@ def by_transformers(folder: Path, tokens: list[int], vectors: np.ndarray | None,
         return np.asarray(model(torch.tensor([tokens])).logits[0].numpy())
 
 
+def by_the_graph(source: Path, out: Path) -> np.ndarray:
+    """Logits after each of TOKENS but the last, (T - 1, n_vocab), of the fp32 export of `source`."""
+    export_onnx(source, out, precision="fp32")
+    with OnnxBackend.open(out, config=ONE_THREAD) as backend:
+        (logits,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+    return logits
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_graph_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
     """Prefill, then one long and many single steps, past the sliding windows."""
@@ -103,9 +111,7 @@ def test_an_exported_graph_agrees_with_transformers(kind: str, tmp_path: Path) -
 )
 def test_settings_mean_what_they_mean_to_transformers(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     source = make_checkpoint(kind, tmp_path / kind, **settings)
-    export_onnx(source, tmp_path / "out", precision="fp32")
-    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
-        (got,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+    got = by_the_graph(source, tmp_path / "out")
     assert np.abs(got - by_transformers(source, TOKENS, None, 0)[:-1]).max() <= 1e-3
 
 
@@ -132,9 +138,7 @@ def test_a_checkpoint_of_transformers_5_gives_the_same_graph(kind: str, tmp_path
     source = make_checkpoint(kind, tmp_path / kind)
     expected = by_transformers(source, TOKENS, None, 0)[:-1]
     as_transformers_5(source)
-    export_onnx(source, tmp_path / "out", precision="fp32")
-    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
-        (got,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+    got = by_the_graph(source, tmp_path / "out")
     assert np.abs(got - expected).max() <= 1e-3
 
 
@@ -157,9 +161,7 @@ def test_an_exported_graph_agrees_with_the_one_that_optimum_traces(kind: str, tm
     tokens = np.array([TOKENS])
     given = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(len(TOKENS))[None]}
     (expected,) = session.run(["logits"], {one.name: given[one.name] for one in session.get_inputs()})
-    export_onnx(source, tmp_path / "out", precision="fp32")
-    with OnnxBackend.open(tmp_path / "out", config=ONE_THREAD) as backend:
-        (got,) = backend.score(TOKENS[:1], [TOKENS[1:]], vectors=None)
+    got = by_the_graph(source, tmp_path / "out")
     assert np.abs(got - expected[0, :-1]).max() <= 1e-4
 
 
