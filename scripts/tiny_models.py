@@ -1,10 +1,11 @@
 """Make a tiny base with random weights: as a GGUF, or as a Hugging Face folder. For tests and first tries.
 
-    python scripts/tiny_models.py gguf qwen2 tiny.gguf       (architectures: llama, qwen2, gemma, gpt2, plamo2)
+    python scripts/tiny_models.py gguf qwen2 tiny.gguf       (llama, qwen2, gemma, gemma2, gemma3, gpt2, plamo2)
     python scripts/tiny_models.py hf qwen2 FOLDER            (llama, qwen2; needs the extra `export`)
 
-Four blocks of width 64, a byte-level tokenizer, under a megabyte. What such a model says is noise, but it runs in
-every engine, steers, and has activations to read. llama.cpp loads plamo2 and ignores control vectors on it.
+Four blocks of width 64 (gemma3: six), a byte-level tokenizer (gemma3: SentencePiece's), under a megabyte. What such a
+model says is noise, but it runs in every engine, steers, and has activations to read. llama.cpp loads plamo2 and
+ignores control vectors on it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from edge_align.simulation.prompts import prompts
 
 WIDTH, LAYERS, HEADS, KV, INNER, CONTEXT = 64, 4, 4, 2, 128, 512
 D_HEAD = WIDTH // HEADS
+BLOCKS = {"gemma3": 6}  # elsewhere LAYERS
+CAPS = (2.0, 3.0)  # gemma2: of attention's scores, and of logits
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["t h", "th e", "i n", "a n", "e r", "o n"]
 TEMPLATE = (
@@ -46,21 +50,17 @@ def write_gguf(path: Path, architecture: str = "qwen2", *, seed: int = 0, chat: 
     def random(*shape: int) -> np.ndarray:
         return (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
 
-    control = CONTROL if chat else ["<|endoftext|>", "<unused0>", "<unused1>"]
-    tokens = [*control, *byte_tokens(), *(merge.replace(" ", "") for merge in MERGES)]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(f"tiny random {architecture}")
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(BLOCKS.get(architecture, LAYERS))
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(INNER)
     writer.add_context_length(CONTEXT)
     writer.add_head_count(HEADS)
-    tensors = BUILDERS[architecture](writer, random) | {"token_embd.weight": random(len(tokens), WIDTH) * 2}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2" if architecture == "qwen2" else "gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(control) + [1] * (len(tokens) - len(control)))
-    writer.add_token_merges(MERGES)
+    tensors = BUILDERS[architecture](writer, random)
+    add_tokens = _add_sentencepiece if architecture == "gemma3" else _add_byte_level
+    n_vocab = add_tokens(writer, pre="qwen2" if architecture == "qwen2" else "gpt-2", chat=chat)
+    tensors["token_embd.weight"] = random(n_vocab, WIDTH) * 2
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(2 if chat else 0)
     writer.add_add_bos_token(False)
@@ -75,13 +75,63 @@ def write_gguf(path: Path, architecture: str = "qwen2", *, seed: int = 0, chat: 
     return path
 
 
-def _gated(writer: object, random: Make, *, kv: int = KV, bias: bool = False) -> dict[str, np.ndarray]:
+def _add_byte_level(writer: Any, *, pre: str, chat: bool) -> int:
+    """GPT-2's kind of BPE. Returns how many tokens there are."""
+    control = CONTROL if chat else ["<|endoftext|>", "<unused0>", "<unused1>"]
+    tokens = [*control, *byte_tokens(), *(merge.replace(" ", "") for merge in MERGES)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(control) + [1] * (len(tokens) - len(control)))
+    writer.add_token_merges(MERGES)
+    return len(tokens)
+
+
+def _add_sentencepiece(writer: Any, *, chat: bool, pre: str = "default", prefix: bool = False) -> int:
+    """Gemma's kind: scores and no merges, bytes for what has no token, runs of spaces and line breaks of their own."""
+    control = CONTROL if chat else ["<eos>", "<unused0>", "<unused1>"]
+    whole = ["  ", "   ", "\n\n", "<b>", "</s>"]
+    learnt = [
+        "th",
+        "in",
+        "\u2581t",
+        "\u2581th",
+        "the",
+        "\u2581the",
+        "an",
+        "er",
+        "on",
+        "ing",
+        "qu",
+        "\u2581a",
+        "oo",
+        "aaa",
+        "aa",
+    ]
+    letters = ["\u2581", *map(chr, range(33, 127)), "\n", "ä", "é", "ß"]
+    groups = [(control, 3), (["<unk>"], 2), ([f"<0x{byte:02X}>" for byte in range(256)], 6), (whole, 4)]
+    groups += [(learnt, 1), (letters, 1)]
+    tokens = [(token, kind) for group, kind in groups for token in group]
+    ranked = [*learnt, *letters]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([token for token, _ in tokens])
+    writer.add_token_scores([-float(ranked.index(token)) if kind == 1 else -1000.0 for token, kind in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    writer.add_unk_token_id(len(control))
+    writer.add_add_space_prefix(prefix)
+    return len(tokens)
+
+
+def _gated(
+    writer: Any, random: Make, *, kv: int = KV, bias: bool = False, layers: int = LAYERS
+) -> dict[str, np.ndarray]:
     """RMS norms, rotary embedding, grouped queries, gated MLP."""
-    writer.add_head_count_kv(kv)  # type: ignore[attr-defined]
-    writer.add_layer_norm_rms_eps(1e-6)  # type: ignore[attr-defined]
-    writer.add_rope_freq_base(10000.0)  # type: ignore[attr-defined]
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
     tensors = {"output_norm.weight": 1 + 0.1 * random(WIDTH)}
-    for block in (f"blk.{layer}." for layer in range(LAYERS)):
+    for block in (f"blk.{layer}." for layer in range(layers)):
         for name, rows in (("q", HEADS), ("k", kv), ("v", kv)):
             tensors[f"{block}attn_{name}.weight"] = random(rows * D_HEAD, WIDTH)
             if bias:
@@ -97,24 +147,49 @@ def _gated(writer: object, random: Make, *, kv: int = KV, bias: bool = False) ->
     return tensors
 
 
-def _llama(writer: object, random: Make) -> dict[str, np.ndarray]:
-    writer.add_rope_dimension_count(D_HEAD)  # type: ignore[attr-defined]
+def _llama(writer: Any, random: Make) -> dict[str, np.ndarray]:
+    writer.add_rope_dimension_count(D_HEAD)
     return _gated(writer, random)
 
 
-def _qwen2(writer: object, random: Make) -> dict[str, np.ndarray]:
+def _qwen2(writer: Any, random: Make) -> dict[str, np.ndarray]:
     return _gated(writer, random, bias=True)
 
 
-def _gemma(writer: object, random: Make) -> dict[str, np.ndarray]:
-    writer.add_key_length(D_HEAD)  # type: ignore[attr-defined]
-    writer.add_value_length(D_HEAD)  # type: ignore[attr-defined]
+def _gemma(writer: Any, random: Make) -> dict[str, np.ndarray]:
+    writer.add_key_length(D_HEAD)
+    writer.add_value_length(D_HEAD)
     return _gated(writer, random, kv=1)
 
 
-def _gpt2(writer: object, random: Make) -> dict[str, np.ndarray]:
+def _gemma2(writer: Any, random: Make) -> dict[str, np.ndarray]:
+    """Attention's scores and logits bounded."""
+    writer.add_attn_logit_softcapping(CAPS[0])
+    writer.add_final_logit_softcapping(CAPS[1])
+    return _windowed(writer, random, LAYERS, {"post_attention": WIDTH, "post_ffw": WIDTH})
+
+
+def _gemma3(writer: Any, random: Make) -> dict[str, np.ndarray]:
+    """Heads normed."""
+    norms = {"attn_q": D_HEAD, "attn_k": D_HEAD, "post_attention": WIDTH, "post_ffw": WIDTH}
+    return _windowed(writer, random, BLOCKS["gemma3"], norms)
+
+
+def _windowed(writer: Any, random: Make, layers: int, norms: dict[str, int]) -> dict[str, np.ndarray]:
+    """Both branches normed; most blocks look back eight tokens."""
+    writer.add_key_length(D_HEAD)
+    writer.add_value_length(D_HEAD)
+    writer.add_sliding_window(8)
+    tensors = _gated(writer, random, kv=1, layers=layers)
+    for block in (f"blk.{layer}." for layer in range(layers)):
+        for name, width in norms.items():
+            tensors[f"{block}{name}_norm.weight"] = 1 + 0.1 * random(width)
+    return tensors
+
+
+def _gpt2(writer: Any, random: Make) -> dict[str, np.ndarray]:
     """Learnt positions, layer norms with biases, one matrix for q, k and v."""
-    writer.add_layer_norm_eps(1e-5)  # type: ignore[attr-defined]
+    writer.add_layer_norm_eps(1e-5)
     tensors = {"position_embd.weight": random(CONTEXT, WIDTH), "output_norm.weight": 1 + 0.1 * random(WIDTH)}
     tensors["output_norm.bias"] = 0.1 * random(WIDTH)
     for block in (f"blk.{layer}." for layer in range(LAYERS)):
@@ -132,20 +207,20 @@ def _gpt2(writer: object, random: Make) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _plamo2(writer: object, random: Make) -> dict[str, np.ndarray]:
+def _plamo2(writer: Any, random: Make) -> dict[str, np.ndarray]:
     """Blocks of Mamba and of attention in turn."""
     conv, state, inner, steps = 4, 8, 64, 4
     delta = 64  # llama.cpp fixes it: max(64, width / 16)
-    writer.add_head_count_kv([0 if layer % 2 == 0 else KV for layer in range(LAYERS)])  # type: ignore[attr-defined]
-    writer.add_layer_norm_rms_eps(1e-6)  # type: ignore[attr-defined]
-    writer.add_rope_freq_base(10000.0)  # type: ignore[attr-defined]
-    writer.add_key_length(D_HEAD)  # type: ignore[attr-defined]
-    writer.add_value_length(D_HEAD)  # type: ignore[attr-defined]
-    writer.add_ssm_conv_kernel(conv)  # type: ignore[attr-defined]
-    writer.add_ssm_inner_size(inner)  # type: ignore[attr-defined]
-    writer.add_ssm_state_size(state)  # type: ignore[attr-defined]
-    writer.add_ssm_time_step_rank(steps)  # type: ignore[attr-defined]
-    writer.add_ssm_group_count(0)  # type: ignore[attr-defined]
+    writer.add_head_count_kv([0 if layer % 2 == 0 else KV for layer in range(LAYERS)])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_key_length(D_HEAD)
+    writer.add_value_length(D_HEAD)
+    writer.add_ssm_conv_kernel(conv)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(steps)
+    writer.add_ssm_group_count(0)
     tensors = {"output_norm.weight": 1 + 0.1 * random(WIDTH)}
     for layer in range(LAYERS):
         block = f"blk.{layer}."
@@ -181,7 +256,15 @@ def _plamo2(writer: object, random: Make) -> dict[str, np.ndarray]:
     return tensors
 
 
-BUILDERS = {"llama": _llama, "qwen2": _qwen2, "gemma": _gemma, "gpt2": _gpt2, "plamo2": _plamo2}
+BUILDERS = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gpt2": _gpt2,
+    "plamo2": _plamo2,
+}
 
 SPLIT = {
     "llama": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TYPE_CHECKING
@@ -14,6 +15,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+LINE_EVERY_SEC = 60.0  # in a log, of a stage that goes on
 _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160))}
 _KEPT = {code: shown for code, shown in _CONTROLS.items() if chr(code) not in "\n\t"}
 
@@ -131,15 +133,17 @@ def plural(count: int, noun: str) -> str:
 def stages(*, lines: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A function to report (stage, fraction done) to: bars on stderr where that is a terminal.
 
-    Elsewhere silence or, with `lines`, one line when a stage begins.
+    Elsewhere silence or, with `lines`, a line when a stage begins and every minute that it goes on.
     """
     if not sys.stderr.isatty():
-        begun: set[str] = set()
+        said: dict[str, float] = {}
 
-        def mention(stage: str, _done: float) -> None:
-            if lines and stage not in begun:
-                say(f"- {stage}")
-            begun.add(stage)
+        def mention(stage: str, done: float) -> None:
+            now = time.monotonic()
+            if not lines or now < said.get(stage, -math.inf) + LINE_EVERY_SEC:
+                return
+            say(f"- {stage}: {done:.0%}" if stage in said else f"- {stage}")
+            said[stage] = now
 
         yield mention
         return

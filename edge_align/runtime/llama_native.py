@@ -18,12 +18,13 @@ import numpy as np
 from edge_align.config import SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, InputError, ModelLoadError
 from edge_align.gguf_header import read_header
-from edge_align.records import SteeringVectors, TokenLogprob
+from edge_align.records import SteeringVectors
+from edge_align.runtime.sampling import GREEDY_BELOW
 from edge_align.runtime.template import CHATML_START, ends_line, fallback, PLAIN
 
 TEXT_LIMIT = 16 * 2**20  # bytes of one text to tokenise
 PENALTY_TOKENS = 1024  # newest tokens of an answer that presence and frequency penalties look at
-GREEDY_BELOW = 1e-6  # a temperature under this would overflow float32 logits
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1 << 0, 1 << 3, 1 << 4, 1 << 5  # flags of a token (llama_token_attr)
 
 _errors: deque[str] = deque(maxlen=8)  # llama.cpp's last error lines
 _offloads: deque[str] = deque(maxlen=1)  # the line in which it says how many layers went to a GPU
@@ -146,6 +147,12 @@ class NativeModel:
             return self.text_of(token, special=special)
         return self._piece_buffer.raw[:n]
 
+    def raw(self, token: int) -> tuple[str, float, int]:
+        """A token as the vocabulary spells it, its score, and its flags (UNKNOWN, CONTROL, USER_DEFINED, BYTE)."""
+        C, vocab = self.C, self.vocab
+        text = C.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
+        return text, float(C.llama_vocab_get_score(vocab, token)), int(C.llama_vocab_get_attr(vocab, token))
+
     def is_end(self, token: int) -> bool:
         """Does the token end an answer?"""
         return self.is_turn_end(token) or (self.chat_template == PLAIN and ends_line(self.piece(token)))
@@ -185,8 +192,8 @@ class NativeModel:
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str] | None:
         """Matches every text that `tokenize(special=True)` reads as a control token and `special=False` does not."""
-        attr, control = self.C.llama_vocab_get_attr, 1 | 1 << 3  # LLAMA_TOKEN_ATTR_UNKNOWN, _CONTROL
-        tokens = [token for token in range(self.n_vocab) if attr(self.vocab, token) & control]
+        attr = self.C.llama_vocab_get_attr
+        tokens = [token for token in range(self.n_vocab) if attr(self.vocab, token) & (UNKNOWN | CONTROL)]
         texts = {self.text_of(token).decode("utf-8", "replace") for token in tokens} - {""}
         if not texts:
             return None
@@ -386,12 +393,3 @@ def _constraints(model: NativeModel, sampling: SamplingConfig) -> list[Any]:
         biases = (C.llama_logit_bias * len(known))(*known)
         parts.insert(0, C.llama_sampler_init_logit_bias(model.n_vocab, len(known), biases))
     return parts
-
-
-def log_softmax_top(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
-    """The log-probability of `token` under logits (n_vocab,), and the `top` likeliest tokens with theirs."""
-    peak = logits.max()
-    total = float(peak) + float(np.log(np.exp((logits - peak).astype(np.float64)).sum()))
-    best = np.argpartition(-logits, top)[:top] if top else np.empty(0, np.int64)
-    best = best[np.lexsort((best, -logits[best]))]
-    return TokenLogprob(token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in best))

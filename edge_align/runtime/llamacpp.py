@@ -30,8 +30,9 @@ from edge_align.records import (
 from edge_align.runtime.base import Backend, BackendInfo
 from edge_align.runtime.llama_checks import check_tokens, check_vectors, context_length, part_ends
 from edge_align.runtime.llama_devices import device_of
-from edge_align.runtime.llama_native import log_softmax_top, NativeContext, NativeModel, Sampler
+from edge_align.runtime.llama_native import NativeContext, NativeModel, Sampler
 from edge_align.runtime.llama_rows import Rows
+from edge_align.runtime.sampling import log_softmax_top
 from edge_align.runtime.stream_text import TextStream
 from edge_align.runtime.template import ChatTemplate, render_tokens
 from edge_align.runtime.tokens import common_prefix, rate

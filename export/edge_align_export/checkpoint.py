@@ -22,8 +22,9 @@ from edge_align.gguf_header import GGUFHeader
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align_export.rope import BASE, rope_of, rotary_frequencies, SCALINGS, SLIDING
 
-HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
-GGUF_TYPES = ("llama", "qwen2", "qwen3")
+HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+GGUF_TYPES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}  # every so many blocks one looks at everything
 MAX_POSITIONS = 32_768  # of the rotary tables; longer contexts are capped
 
 
@@ -45,6 +46,8 @@ class DecoderSpec:
     frequencies: tuple[tuple[float, ...], ...]  # rotary: radians per position, d_head / 2 of them
     windows: tuple[int, ...]  # tokens a block looks back; 0: all
     activation: str = "silu"  # or "gelu" (the tanh form)
+    attention_cap: float = 0.0  # scores become cap * tanh(score / cap); 0: they stay
+    logit_cap: float = 0.0  # logits, likewise
     embed_scale: float = 1.0
 
 
@@ -90,7 +93,9 @@ _GGUF_NAMES = {
     "o": "attn_output",
     "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm",
+    "attn_post_norm": "post_attention_norm",
     "ffn_norm": "ffn_norm",
+    "ffn_post_norm": "post_ffw_norm",
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
@@ -142,17 +147,29 @@ def _gguf_spec(header: GGUFHeader, tensors: GGUFTensors) -> DecoderSpec:
         return found
 
     scaling = header.metadata.get(f"{name}.rope.scaling.type", "none")
-    if scaling not in ("none", ""):
+    if scaling not in ("none", "linear", ""):
         raise BackendUnavailable(f"the rotary scaling {scaling!r} cannot be exported from a GGUF")
-    if f"{name}.expert_count" in header.metadata and value("expert_count"):
+    if header.metadata.get(f"{name}.expert_count"):
         raise BackendUnavailable("models with experts cannot be exported")
     n_head = int(value("attention.head_count"))
     d_head = int(value("attention.key_length", header.d_model // n_head))
     if value("rope.dimension_count", d_head) != d_head:
         raise BackendUnavailable("models that rotate only a part of each head cannot be exported")
-    frequencies = rotary_frequencies(value("rope.freq_base", 10000.0), d_head)
+    frequencies = rotary_frequencies(value("rope.freq_base", BASE), d_head)
+    if scaling == "linear":
+        frequencies = frequencies / value("rope.scaling.factor")
     if "rope_freqs.weight" in header.tensors:  # Llama 3's scaling, already worked out
         frequencies = frequencies / tensors.read("rope_freqs.weight")
+    local = rotary_frequencies(value("rope.freq_base_swa", BASE), d_head) if name == "gemma3" else frequencies
+    window, period = int(value("attention.sliding_window", 0)) if name in PERIODS else 0, PERIODS.get(name, 1)
+    if window and value("attention.sliding_window_pattern", period) != period:
+        raise BackendUnavailable(
+            f"{name} models with windows not in {period - 1} of {period} blocks cannot be exported"
+        )
+    windows = tuple(window if (il + 1) % period else 0 for il in range(header.n_layer))
+    # llama.cpp knows the 27B models by their number of blocks; they alone scale attention otherwise
+    largest = (name, header.n_layer) in (("gemma2", 46), ("gemma3", 62))
+    gemma = name.startswith("gemma")
     return DecoderSpec(
         architecture=name,
         n_layer=header.n_layer,
@@ -164,9 +181,13 @@ def _gguf_spec(header: GGUFHeader, tensors: GGUFTensors) -> DecoderSpec:
         n_vocab=header.tensors["token_embd.weight"].shape[1],
         n_ctx=min(int(value("context_length")), MAX_POSITIONS),
         rms_eps=value("attention.layer_norm_rms_epsilon"),
-        attention_scale=d_head**-0.5,
-        frequencies=(tuple(frequencies.tolist()),) * header.n_layer,
-        windows=(0,) * header.n_layer,
+        attention_scale=(header.d_model // n_head if largest else d_head) ** -0.5,
+        frequencies=tuple(tuple((local if window else frequencies).tolist()) for window in windows),
+        windows=windows,
+        activation="gelu" if gemma else "silu",
+        attention_cap=value("attn_logit_softcapping", 50.0) if name == "gemma2" else 0.0,
+        logit_cap=value("final_logit_softcapping", 30.0 if name == "gemma2" else 0.0),
+        embed_scale=math.sqrt(header.d_model) if gemma else 1.0,
     )
 
 
@@ -200,7 +221,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise ModelLoadError(f"{shown(folder)} holds no .safetensors file; other weight formats are not read")
     where = _safetensors_index(files)
     gemma = spec.architecture.startswith("gemma")
-    blocks = _HF_NAMES | (_HF_FOUR_NORMS if spec.architecture == "gemma3_text" else _HF_NORMS)
+    blocks = _HF_NAMES | (_HF_FOUR_NORMS if spec.architecture in PERIODS else _HF_NORMS)
     found = _HF_TOP | {
         f"{il}.{ours}{ending}": f"model.layers.{il}.{theirs}{hf_ending}"
         for il in range(spec.n_layer)
@@ -246,9 +267,10 @@ def _hf_spec(config: dict[str, Any]) -> DecoderSpec:
     activation = "gelu_pytorch_tanh" if gemma and activation == "gelu" else activation  # as transformers does
     if activation not in ("silu", "gelu_pytorch_tanh"):
         raise BackendUnavailable(f"the activation {activation!r} cannot be exported")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if config.get(key) not in (None, False):
-            raise BackendUnavailable(f"models with {key} cannot be exported")
+    refused = ["use_bidirectional_attention", *([] if name == "gemma2" else ["attn_logit_softcapping"])]
+    for key in refused:
+        if config.get(key):
+            raise BackendUnavailable(f"{name} models with {key} cannot be exported")
     windows = _windows(name, config, n_layer)
     rope = rope_of(config, usual=1e6 if name == "gemma3_text" else BASE)
     if rope.scaling not in SCALINGS:
@@ -268,10 +290,12 @@ def _hf_spec(config: dict[str, Any]) -> DecoderSpec:
         n_vocab=int(value("vocab_size")),
         n_ctx=min(int(value("max_position_embeddings")), MAX_POSITIONS),
         rms_eps=float(value("rms_norm_eps")),
-        attention_scale=float(value("query_pre_attn_scalar", d_head) if name == "gemma3_text" else d_head) ** -0.5,
+        attention_scale=float(value("query_pre_attn_scalar", d_head) if name in PERIODS else d_head) ** -0.5,
         frequencies=per_block,
         windows=windows,
         activation="silu" if activation == "silu" else "gelu",
+        attention_cap=float(value("attn_logit_softcapping", 0.0)),
+        logit_cap=float(value("final_logit_softcapping", 0.0)),
         embed_scale=math.sqrt(d_model) if gemma else 1.0,
     )
 
@@ -281,10 +305,10 @@ def _windows(name: str, config: dict[str, Any], n_layer: int) -> tuple[int, ...]
     window = config.get("sliding_window")
     if not isinstance(window, int) or window <= 0 or config.get("use_sliding_window") is False:
         return (0,) * n_layer
-    if name == "gemma3_text":
+    if name in PERIODS:
         kinds = config.get("layer_types")
         if not isinstance(kinds, list) or len(kinds) != n_layer:
-            period = int(config.get("sliding_window_pattern", 6))
+            period = int(config.get("sliding_window_pattern", PERIODS[name]))
             kinds = ["sliding_attention" if (il + 1) % period else "full_attention" for il in range(n_layer)]
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     if name == "mistral":

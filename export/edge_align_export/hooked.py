@@ -57,6 +57,8 @@ class HookedModel:
             raise (BackendUnavailable if gguf else CorruptArtefact)(said) from error
         if loaded["missing_keys"]:  # it would fill these in by chance
             raise CorruptArtefact(f"{shown(path)} has no weight for {min(loaded['missing_keys'])}")
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # the usual one leaves that bound out
         return cls(model.to(device))
 
     def logits(

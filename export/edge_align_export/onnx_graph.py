@@ -137,18 +137,23 @@ class _Graph:
         scale = self.use(self.weights.matrix("embed.scale", lambda: np.array(self.spec.embed_scale, np.float32)))
         return self.node("Mul", [x, scale], "embedded.scaled")
 
-    def head(self, x: str) -> str:
+    def head(self, x: str) -> None:
         """Logits; always float32."""
         tied = "head" not in self.checkpoint.names
         name = "embed" if tied else "head"
         if self.weights.bits:  # 8 bits: rounding here goes straight into the logits
             packed = self.weights.quantised(name, lambda: self.checkpoint.read(name))
-            return self.quantised_product(x, self.spec.d_model, "logits", packed)
-        table = self.use(self.weights.matrix(f"{name}.weight", lambda: self.checkpoint.read(name)))
-        if self.float == FLOAT:
-            return self.node("FusedMatMul", [x, table], "logits", domain=MICROSOFT, transB=1)
-        out = self.node("FusedMatMul", [x, table], "logits.half", domain=MICROSOFT, transB=1)
-        return self.node("Cast", [out], "logits", to=FLOAT)
+            out = self.quantised_product(x, self.spec.d_model, "logits.all", packed)
+        else:
+            table = self.use(self.weights.matrix(f"{name}.weight", lambda: self.checkpoint.read(name)))
+            out = self.node("FusedMatMul", [x, table], "logits.all", domain=MICROSOFT, transB=1)
+        if self.float != FLOAT:
+            out = self.node("Cast", [out], "logits.float", to=FLOAT)
+        if self.spec.logit_cap:
+            cap = self.constant("logits.cap", np.array(self.spec.logit_cap, np.float32))
+            bounded = self.node("Tanh", [self.node("Div", [out, cap], "logits.scaled")], "logits.bounded")
+            out = self.node("Mul", [bounded, cap], "logits.capped")
+        self.nodes[-1].output[0] = "logits"
 
     def attention(self, il: int, x: str, *, cached: bool) -> str:
         s, p = self.spec, f"{il}."
@@ -174,6 +179,7 @@ class _Graph:
                 scale=s.attention_scale,
                 do_rotary=1,
                 **({"local_window_size": s.windows[il]} if s.windows[il] else {}),
+                **({"softcap": s.attention_cap} if s.attention_cap else {}),
             )
         )
         return self.linear(f"{p}attention", s.n_head * s.d_head, f"{p}o", f"{p}o")

@@ -11,6 +11,7 @@ from onnx import helper, TensorProto
 from edge_align.errors import BackendUnavailable
 
 BLOCK = 32  # values that share a scale (and, with 4 bits, a zero point)
+FITS = 4  # of step and offset to a block's levels
 ALIGNMENT = 4096  # of every tensor in the file: it is memory-mapped
 BITS = {"fp32": 0, "fp16": 0, "int8": 8, "int4": 4}
 
@@ -108,9 +109,7 @@ def quantise_affine(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     """
     n, k = _check_width(matrix)
     values = matrix.reshape(n, k // BLOCK, BLOCK)
-    low = values.min(-1)
-    scales = _steps(low, values.max(-1))
-    levels = np.rint((values - low[..., None]) / scales[..., None])
+    low, scales, levels = _fitted(values)
     zeros = np.clip(np.rint(-low / scales), 0, 15)
     offsets = (low + zeros * scales) * BLOCK
     offsets = np.pad(offsets, ((0, 0), (0, -offsets.shape[1] % BLOCK))).reshape(n, -1, BLOCK)
@@ -123,6 +122,25 @@ def quantise_affine(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     )
     zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
     return _nibbles(levels), scales, _nibbles(zeros)
+
+
+def _fitted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(value of level 0, step, levels 0 to 15) of blocks (..., BLOCK): float32 (...), (...) and (..., BLOCK).
+
+    The 16 levels begin evenly over a block's range; then step and offset are fitted by least squares to the levels,
+    and the levels to those, in turn, each of which can only make the squared error smaller.
+    """
+    low, step = values.min(-1), _steps(values.min(-1), values.max(-1))
+    mean = values.mean(-1)
+    for turn in range(FITS + 1):
+        levels = np.clip(np.rint((values - low[..., None]) / step[..., None]), 0, 15)
+        if turn < FITS:
+            middle = levels.mean(-1)
+            apart = levels - middle[..., None]
+            slope = np.einsum("...i,...i", apart, values) / np.maximum(np.einsum("...i,...i", apart, apart), 1e-12)
+            step = np.maximum(slope, 1e-12).astype(np.float32)
+            low = mean - step * middle
+    return low, step, levels
 
 
 def _check_width(matrix: np.ndarray) -> tuple[int, int]:

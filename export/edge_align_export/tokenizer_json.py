@@ -1,6 +1,7 @@
 """The tokenizer of an export: copied from a Hugging Face folder, or rebuilt from a GGUF's vocabulary and checked.
 
-Byte-level BPE vocabularies are rebuilt. The result must give llama.cpp's own tokens on PROBES, else it is refused.
+Byte-level BPE vocabularies and SentencePiece's are rebuilt. The result must give llama.cpp's own tokens on PROBES and
+on the prompts that packs are made with, else it is refused.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import json
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edge_align.errors import BackendUnavailable, ModelLoadError
 from edge_align.files import parse_json_object, shown
 from edge_align.gguf_header import read_header
-from edge_align.runtime.llama_native import NativeModel
+from edge_align.runtime.llama_native import BYTE, CONTROL, NativeModel, UNKNOWN, USER_DEFINED
 from edge_align.runtime.template import CHATML_START, ends_line, fallback, PLAIN
 from edge_align.runtime.tokenizer import Tokenizer
+from edge_align.simulation.prompts import prompts
 
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+SPACE = "\u2581"  # SentencePiece's
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TIKTOKEN = (
@@ -70,78 +72,115 @@ def read_tokenizer(source: Path) -> ExportedTokenizer:
 def _from_gguf(path: Path) -> ExportedTokenizer:
     metadata = read_header(path).metadata
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    if kind != "llama" and (kind != "gpt2" or pre not in PRE_TOKENIZERS):
         raise BackendUnavailable(
             f"the tokenizer of {shown(path)} ({kind}, {pre}) cannot be rebuilt exactly; "
             "export from the model's Hugging Face folder instead"
         )
-    tokens, types, merges = _vocabulary(path)
-    document = json.dumps(_bpe_document(tokens, types, merges, PRE_TOKENIZERS[str(pre)]), ensure_ascii=False)
     with closing(NativeModel(path)) as model:
+        tokens = [Token(*model.raw(i)) for i in range(model.n_vocab)]
+        if kind == "llama":
+            parts = _sentencepiece(tokens, prefix=metadata.get("tokenizer.ggml.add_space_prefix") is not False)
+        else:
+            parts = _byte_level(_merges(path), PRE_TOKENIZERS[str(pre)])
+        document = json.dumps(_document(tokens, parts), ensure_ascii=False)
         _check_against(model, document, path)
         return ExportedTokenizer(document, model.chat_template, model.bos, model.adds_bos, model.ends)
 
 
-def _vocabulary(path: Path) -> tuple[list[str], list[int], list[str]]:
-    from gguf import GGUFReader
+class Token(NamedTuple):
+    """A vocabulary's entry; flags as in `runtime.llama_native`."""
 
-    reader = GGUFReader(path)
-    found = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")]
-    if None in found:
-        raise ModelLoadError(f"{shown(path)} has no tokens, token types or merges")
-    tokens, types, merges = (field.contents() for field in found)
-    return tokens, types, merges
+    text: str
+    score: float
+    flags: int
 
 
-def _bpe_document(tokens: list[str], types: list[int], merges: list[str], patterns: list[str]) -> dict[str, Any]:
-    """A tokenizer.json of a byte-level BPE."""
-    splits = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in patterns
+def _document(tokens: list[Token], parts: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json with the `model` and the steps around it that `parts` says."""
+    outside = [(i, token) for i, token in enumerate(tokens) if token.flags & (UNKNOWN | CONTROL | USER_DEFINED)]
+    added = [
+        {
+            "id": i,
+            "content": token.text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": bool(token.flags & (UNKNOWN | CONTROL)),
+        }
+        for i, token in outside
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "ignore_merges": False,
+        "vocab": {token.text: i for i, token in enumerate(tokens)},
+    }
+    steps = {"normalizer": None, "pre_tokenizer": None, "post_processor": None}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": kind == CONTROL,
-            }
-            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (CONTROL, USER_DEFINED)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges,
-        },
+        "added_tokens": added,
+        **(steps | parts),
+        "model": model | parts["model"],
+    }
+
+
+def _merges(path: Path) -> list[str]:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.merges")
+    if field is None:
+        raise ModelLoadError(f"{shown(path)} has no merges")
+    return [str(merge) for merge in field.contents()]
+
+
+def _byte_level(merges: list[str], patterns: list[str]) -> dict[str, Any]:
+    """BPE of bytes, as GPT-2 spells them, in pieces that the patterns split off one after the other."""
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
+        "decoder": level,
+        "model": {"byte_fallback": False, "merges": merges},
+    }
+
+
+def _sentencepiece(tokens: list[Token], *, prefix: bool) -> dict[str, Any]:
+    """SentencePiece's BPE: no merges are listed, of two neighbours those go together that make the likeliest token.
+
+    prefix: a space goes before every text.
+    """
+    scores = {token.text: token.score for token in tokens if not token.flags & (UNKNOWN | CONTROL | BYTE)}
+    merges: list[tuple[str, str]] = []
+    for text in sorted(scores, key=scores.__getitem__, reverse=True):
+        halves = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in scores and text[i:] in scores]
+        merges += sorted(halves, key=lambda pair: (scores[pair[0]], scores[pair[1]]), reverse=True)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    before = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*before, space]},
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"byte_fallback": True, "merges": merges},
     }
 
 
 def _check_against(model: NativeModel, document: str, path: Path) -> None:
-    """Refuse a tokenizer that splits any probe otherwise than llama.cpp does."""
+    """Refuse a tokenizer that splits any text otherwise than llama.cpp does."""
     from tokenizers import Tokenizer as Library
 
     rebuilt = Library.from_str(document)
-    for text in PROBES:
+    for text in (*PROBES, *prompts("pack")):
         for special in (True, False):
             rebuilt.encode_special_tokens = not special
             if rebuilt.encode(text, add_special_tokens=False).ids != model.tokenize(text, special=special):

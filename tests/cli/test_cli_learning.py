@@ -8,6 +8,7 @@ import pytest
 from cli_double import DoubleAssistant, REPORT
 
 from edge_align.assistant import Assistant
+from edge_align.cli.output import stages
 from edge_align.cli.report import accuracy_in_words, next_command, show_report
 from edge_align.errors import PackMissing
 from edge_align.personalize import evaluate, personalize, PersonalizeReport
@@ -248,3 +249,12 @@ def test_export_pack_tells_how_long_it_takes_and_what_came_out(run, home, base_p
         ("--answers", "1"),
     ):
         assert run("export", "pack", "--model", str(base_path), *wrong).exit_code == 2
+
+
+def test_a_log_hears_of_a_long_stage_every_minute(monkeypatch, capsys):
+    clock = iter([0.0, 59.0, 60.0, 61.0, 119.0, 121.0])
+    monkeypatch.setattr("edge_align.cli.output.time.monotonic", lambda: next(clock))
+    with stages(lines=True) as progress:
+        for stage, done in [("read", 0), ("read", 0.2), ("read", 0.25), ("solve", 0), ("read", 0.4), ("solve", 1)]:
+            progress(stage, done)
+    assert capsys.readouterr().err.splitlines() == ["- read", "- read: 25%", "- solve", "- solve: 100%"]

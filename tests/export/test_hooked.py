@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 from reference.small_pack import SMALL
+from reference.tiny_checkpoints import make_checkpoint
 
 from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable, CorruptArtefact
 from edge_align.home import Home
 from edge_align.records import SteeringVectors
 from edge_align.runtime.llamacpp import LlamaCppBackend
+from edge_align.runtime.onnx import OnnxBackend
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap import ClapConfig
 from edge_align_export.clap_loss import freeze, FrozenDecoder, HookedDecoder, make_batch
 from edge_align_export.hooked import HookedModel
+from edge_align_export.onnx_export import export_onnx
 from edge_align_export.pack import build_pack
 from scripts.tiny_models import LAYERS, WIDTH, write_gguf
 
@@ -68,6 +71,16 @@ def test_a_llama_has_the_same_costs_and_slopes_as_in_our_own_reference(tmp_path)
     np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-4)
     np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
     assert np.abs(found[0][1]).max() > 0.1
+
+
+def test_attention_whose_scores_are_bounded_is_computed_with_the_bound(tmp_path):
+    """transformers' usual attention leaves Gemma 2's out; ONNX Runtime's own operator has it."""
+    folder = make_checkpoint("gemma2", tmp_path / "gemma2")
+    export_onnx(folder, tmp_path / "out", precision="fp32")
+    with OnnxBackend.open(tmp_path / "out", config=ONE) as backend:
+        (wanted,) = backend.score(PROMPTS[0], [ANSWERS[1]], vectors=None)
+    got = HookedModel.open(folder).score(PROMPTS[0], ANSWERS[1])
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["score", "clap"])

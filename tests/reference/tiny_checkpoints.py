@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 SIZES: dict[str, Any] = {
     "vocab_size": 262,
     "hidden_size": 64,
@@ -40,6 +40,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True, "rope_theta": 1e6},
     "gemma": {"head_dim": 32},
+    "gemma2": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3_text": {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
