@@ -21,6 +21,8 @@ from edge_align.cli.report import time_in_words
 from edge_align.config import RuntimeConfig
 from edge_align.errors import InputError
 
+INT4_HOLDS = 5.1  # bits of a weight that four bits and a block's step and offset can repeat, as Q4_1's and Q4_K's
+
 
 @click.group("export")
 def command() -> None:
@@ -335,10 +337,12 @@ def onnx(app: App, source: str, precision: str, out: str) -> None:
     if app.json:
         emit_json(report.to_dict())
         return
-    show_facts(
-        [
-            ("Export", f"{report.folder} ({size(report.size_bytes)})"),
-            ("Model", f"{report.architecture}, {report.n_layer} blocks of width {report.d_model}, {report.precision}"),
-            ("Next", f"edge-align generate PROMPT --model {shlex.quote(report.folder)}"),
-        ]
-    )
+    facts = [
+        ("Export", f"{report.folder} ({size(report.size_bytes)})"),
+        ("Model", f"{report.architecture}, {report.n_layer} blocks of width {report.d_model}, {report.precision}"),
+    ]
+    if report.precision == "int4" and report.source_bits > INT4_HOLDS:
+        lost = f"weights of {report.source_bits:.1f} bits became four, which loses some of what they say"
+        facts.append(("Note", f"{lost}; --precision int8 keeps it"))
+    facts.append(("Next", f"edge-align generate PROMPT --model {shlex.quote(report.folder)}"))
+    show_facts(facts)

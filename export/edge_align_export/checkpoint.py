@@ -60,6 +60,7 @@ class Checkpoint:
     names: frozenset[str]
     base_hash: str
     tokenizer_source: Path  # the GGUF, or the folder
+    bits: float  # of a weight in the source: mean over a GGUF's blocks, 16 (which may be 32) for a folder
     _read: Callable[[str], np.ndarray]
 
     def read(self, name: str) -> np.ndarray:
@@ -123,7 +124,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         part = name.split(".")[1] if "." in name else ""
         return _half_rotated(array, heads[part]) if part in heads else array
 
-    return Checkpoint(path.stem, spec, frozenset(found), sha256_file(path), path, read)
+    blocks = [tensor for name, tensor in tensors.header.tensors.items() if name.startswith("blk.")]
+    bits = 8 * sum(tensor.n_bytes for tensor in blocks) / sum(math.prod(tensor.shape) for tensor in blocks)
+    return Checkpoint(path.stem, spec, frozenset(found), sha256_file(path), path, bits, read)
 
 
 def _half_rotated(array: np.ndarray, n_head: int) -> np.ndarray:
@@ -243,7 +246,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
     parts = [sha256_file(path) for path in (folder / "config.json", *files)]
     digest = sha256_bytes("\n".join(parts).encode())
-    return Checkpoint(folder.resolve().name, spec, frozenset(found), digest, folder, read)
+    return Checkpoint(folder.resolve().name, spec, frozenset(found), digest, folder, 16.0, read)
 
 
 def _hf_spec(config: dict[str, Any]) -> DecoderSpec:

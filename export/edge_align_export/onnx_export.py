@@ -43,6 +43,7 @@ class OnnxExport:
     n_vocab: int
     n_ctx: int
     size_bytes: int
+    source_bits: float  # of a weight
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,6 +112,7 @@ def export_onnx(
         n_vocab=spec.n_vocab,
         n_ctx=spec.n_ctx,
         size_bytes=size,
+        source_bits=checkpoint.bits,
     )
 
 

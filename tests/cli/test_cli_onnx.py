@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from reference.tiny_checkpoints import make_checkpoint
 
+from edge_align.bases import find_base
 from edge_align.cli import doctor
+from edge_align_export.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,14 @@ def test_a_checkpoint_is_exported_and_answers(run, checkpoint: Path, tmp_path: P
     assert first["text"] == second["text"] and first["model"] == "tiny-qwen"
     shown = run("models", "show", str(tmp_path / "out"))
     assert shown.exit_code == 0 and "qwen2, 4 blocks of width 64" in shown.stdout
+
+
+def test_it_is_said_when_four_bits_are_fewer_than_the_source_has(run, checkpoint: Path, tmp_path: Path) -> None:
+    for precision, said in (("int4", ["Note"]), ("int8", [])):
+        out = str(tmp_path / precision)
+        shown = run("export", "onnx", "--from", str(checkpoint), "--precision", precision, "--out", out).stdout
+        assert [line.split()[0] for line in shown.splitlines()] == ["Export", "Model", *said, "Next"]
+    assert open_checkpoint(find_base("smollm2-135m-instruct").path).bits == pytest.approx(5.0, abs=0.05)  # Q4_1
 
 
 def test_what_cannot_be_exported_or_run_is_one_line_and_code_2(run, checkpoint: Path, tmp_path: Path) -> None:
