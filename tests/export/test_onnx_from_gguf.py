@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from edge_align.config import RuntimeConfig
 from edge_align.errors import BackendUnavailable
+from edge_align.features import NativeAnswerEncoder, OnnxAnswerEncoder
 from edge_align.runtime.llama_native import NativeModel
 from edge_align.runtime.llamacpp import LlamaCppBackend
 from edge_align.runtime.onnx import OnnxBackend
@@ -59,6 +60,18 @@ def test_the_graph_of_a_gguf_is_what_transformers_and_llama_cpp_compute(architec
     got = by_the_graph(source, tmp_path / "out")
     assert np.abs(got - by_transformers(tmp_path, gguf_file=source.name)).max() <= 1e-3
     assert np.abs(got - logits_of(LlamaCppBackend.open(source, config=ONE))).max() <= 0.02
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gemma3"])
+def test_answers_are_read_as_from_the_gguf_so_that_its_pack_fits(architecture: str, tmp_path: Path) -> None:
+    """A pack's readout takes features of either; llama.cpp's are of its 16-bit cache and gelu."""
+    source = write_gguf(tmp_path / "tiny.gguf", architecture)
+    export_onnx(source, tmp_path / "out", precision="fp32")
+    answers = [[5, 6, 7], TOKENS]
+    encoders = (NativeAnswerEncoder(source), OnnxAnswerEncoder(tmp_path / "out", n_threads=1))
+    there, here = (encoder.encode(answers) for encoder in encoders)
+    encoders[0].close()
+    assert np.abs(here).max() > 1 and np.abs(there - here).max() <= 5e-3
 
 
 def test_linear_scaling_of_positions_survives_both_exports(tmp_path: Path) -> None:
