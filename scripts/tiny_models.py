@@ -1,6 +1,6 @@
 """Make a tiny base with random weights: as a GGUF, or as a Hugging Face folder. For tests and first tries.
 
-    python scripts/tiny_models.py gguf qwen2 tiny.gguf       (llama, qwen2, gemma, gemma2, gemma3, gpt2, plamo2)
+    python scripts/tiny_models.py gguf qwen2 tiny.gguf       (or another of BUILDERS)
     python scripts/tiny_models.py hf qwen2 FOLDER            (llama, qwen2; needs the extra `export`)
 
 Four blocks of width 64 (gemma3: six), a byte-level tokenizer (gemma3: SentencePiece's), under a megabyte. What such a
@@ -152,6 +152,15 @@ def _llama(writer: Any, random: Make) -> dict[str, np.ndarray]:
     return _gated(writer, random)
 
 
+def _granite(writer: Any, random: Make) -> dict[str, np.ndarray]:
+    """Embeddings, attention's scores, branches and logits each scaled."""
+    writer.add_embedding_scale(3.0)
+    writer.add_attention_scale(0.2)
+    writer.add_residual_scale(0.3)
+    writer.add_logit_scale(2.0)
+    return _llama(writer, random)
+
+
 def _qwen2(writer: Any, random: Make) -> dict[str, np.ndarray]:
     return _gated(writer, random, bias=True)
 
@@ -258,6 +267,8 @@ def _plamo2(writer: Any, random: Make) -> dict[str, np.ndarray]:
 
 BUILDERS = {
     "llama": _llama,
+    "smollm3": _llama,
+    "granite": _granite,
     "qwen2": _qwen2,
     "gemma": _gemma,
     "gemma2": _gemma2,

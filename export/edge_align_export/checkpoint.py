@@ -22,10 +22,13 @@ from edge_align.gguf_header import GGUFHeader
 from edge_align.gguf_tensors import GGUFTensors
 from edge_align_export.rope import BASE, rope_of, rotary_frequencies, SCALINGS, SLIDING
 
-HF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-GGUF_TYPES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+HF_TYPES = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+GGUF_TYPES = ("llama", "smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}  # every so many blocks one looks at everything
+NO_ROPE_PERIOD = 4  # SmolLM3: every so many blocks one has no rotary embedding
 MAX_POSITIONS = 32_768  # of the rotary tables; longer contexts are capped
+
+ONE = np.float32(1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +120,27 @@ def _open_gguf(path: Path) -> Checkpoint:
     unknown = tensors.header.tensors.keys() - {*found.values(), "rope_freqs.weight"}
     if unknown:
         raise BackendUnavailable(f"{shown(path)} has weights that the export does not know: {_some(unknown)}")
-    heads = {"q": spec.n_head, "k": spec.n_head_kv} if spec.architecture == "llama" else {}
+    paired = spec.architecture in ("llama", "smollm3", "granite")
+    heads = {"q": spec.n_head, "k": spec.n_head_kv} if paired else {}
+    keys = [f"{spec.architecture}.{key}" for key in ("residual_scale", "logit_scale")]
+    factors = _factors(spec, *map(tensors.header.metadata.get, keys))
 
     def read(name: str) -> np.ndarray:
         array = tensors.read(found[name])
-        part = name.split(".")[1] if "." in name else ""
-        return _half_rotated(array, heads[part]) if part in heads else array
+        part = name.split(".")[1] if "." in name else name
+        return (_half_rotated(array, heads[part]) if part in heads else array) * factors.get(part, ONE)
 
     blocks = [tensor for name, tensor in tensors.header.tensors.items() if name.startswith("blk.")]
     bits = 8 * sum(tensor.n_bytes for tensor in blocks) / sum(math.prod(tensor.shape) for tensor in blocks)
     return Checkpoint(path.stem, spec, frozenset(found), sha256_file(path), path, bits, read)
+
+
+def _factors(spec: DecoderSpec, residual: Any, logits: Any) -> dict[str, np.float32]:
+    """What weights are multiplied by, so that Granite's scaled branches and logits need no nodes of their own."""
+    if spec.architecture != "granite":
+        return {}
+    branch, out = np.float32(residual or 1.0), np.float32(1.0 / (logits or 1.0))
+    return {"o": branch, "down": branch, "norm": out}
 
 
 def _half_rotated(array: np.ndarray, n_head: int) -> np.ndarray:
@@ -170,9 +184,17 @@ def _gguf_spec(header: GGUFHeader, tensors: GGUFTensors) -> DecoderSpec:
             f"{name} models with windows not in {period - 1} of {period} blocks cannot be exported"
         )
     windows = tuple(window if (il + 1) % period else 0 for il in range(header.n_layer))
+    per_block = [local if window else frequencies for window in windows]
+    if name == "smollm3":
+        per_block = [one if (il + 1) % NO_ROPE_PERIOD else 0 * one for il, one in enumerate(per_block)]
     # llama.cpp knows the 27B models by their number of blocks; they alone scale attention otherwise
     largest = (name, header.n_layer) in (("gemma2", 46), ("gemma3", 62))
     gemma = name.startswith("gemma")
+    scale, embed_scale = (header.d_model // n_head if largest else d_head) ** -0.5, 1.0
+    if gemma:
+        embed_scale = math.sqrt(header.d_model)
+    elif name == "granite":
+        scale, embed_scale = value("attention.scale", scale), value("embedding_scale", 1.0)
     return DecoderSpec(
         architecture=name,
         n_layer=header.n_layer,
@@ -184,13 +206,13 @@ def _gguf_spec(header: GGUFHeader, tensors: GGUFTensors) -> DecoderSpec:
         n_vocab=header.tensors["token_embd.weight"].shape[1],
         n_ctx=min(int(value("context_length")), MAX_POSITIONS),
         rms_eps=value("attention.layer_norm_rms_epsilon"),
-        attention_scale=(header.d_model // n_head if largest else d_head) ** -0.5,
-        frequencies=tuple(tuple((local if window else frequencies).tolist()) for window in windows),
+        attention_scale=scale,
+        frequencies=tuple(tuple(one.tolist()) for one in per_block),
         windows=windows,
         activation="gelu" if gemma else "silu",
         attention_cap=value("attn_logit_softcapping", 50.0) if name == "gemma2" else 0.0,
         logit_cap=value("final_logit_softcapping", 30.0 if name == "gemma2" else 0.0),
-        embed_scale=math.sqrt(header.d_model) if gemma else 1.0,
+        embed_scale=embed_scale,
     )
 
 
@@ -232,7 +254,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         for ending, hf_ending in (("", ".weight"), (".bias", ".bias"))
     }
     found = {ours: theirs for ours, theirs in found.items() if theirs in where}
-    if config.get("tie_word_embeddings", gemma):
+    if config.get("tie_word_embeddings", gemma or spec.architecture == "smollm3"):
         found.pop("head", None)
     elif "head" not in found:
         raise ModelLoadError(f"{shown(folder)} has no weight for head ({_HF_TOP['head']})")
@@ -240,9 +262,12 @@ def _open_folder(folder: Path) -> Checkpoint:
     if unknown:
         raise BackendUnavailable(f"{shown(folder)} has weights that the export does not know: {_some(unknown)}")
 
+    factors = _factors(spec, config.get("residual_multiplier"), config.get("logits_scaling"))
+
     def read(name: str) -> np.ndarray:
         array = _read_safetensors(where[found[name]], found[name])
-        return array + 1.0 if gemma and "norm" in name else array
+        part = name.split(".")[1] if "." in name else name
+        return (array + 1.0 if gemma and "norm" in name else array) * factors.get(part, ONE)
 
     parts = [sha256_file(path) for path in (folder / "config.json", *files)]
     digest = sha256_bytes("\n".join(parts).encode())
@@ -281,7 +306,16 @@ def _hf_spec(config: dict[str, Any]) -> DecoderSpec:
     local = frequencies = rope.frequencies(d_head)
     if name == "gemma3_text":
         local = rope_of(config, SLIDING).frequencies(d_head)
-    per_block = tuple(tuple((local if window else frequencies).tolist()) for window in windows)
+    per_block = [local if window else frequencies for window in windows]
+    if name == "smollm3":
+        interval = int(config.get("no_rope_layer_interval") or NO_ROPE_PERIOD)
+        turned = config.get("no_rope_layers") or [(il + 1) % interval for il in range(n_layer)]
+        per_block = [one if turns else 0 * one for one, turns in zip(per_block, turned, strict=True)]
+    scale, embed_scale = float(value("query_pre_attn_scalar", d_head) if name in PERIODS else d_head) ** -0.5, 1.0
+    if gemma:
+        embed_scale = math.sqrt(d_model)
+    elif name == "granite":
+        scale, embed_scale = float(value("attention_multiplier", 1.0)), float(value("embedding_multiplier", 1.0))
     return DecoderSpec(
         architecture=name,
         n_layer=n_layer,
@@ -293,13 +327,13 @@ def _hf_spec(config: dict[str, Any]) -> DecoderSpec:
         n_vocab=int(value("vocab_size")),
         n_ctx=min(int(value("max_position_embeddings")), MAX_POSITIONS),
         rms_eps=float(value("rms_norm_eps")),
-        attention_scale=float(value("query_pre_attn_scalar", d_head) if name in PERIODS else d_head) ** -0.5,
-        frequencies=per_block,
+        attention_scale=scale,
+        frequencies=tuple(tuple(one.tolist()) for one in per_block),
         windows=windows,
         activation="silu" if activation == "silu" else "gelu",
         attention_cap=float(value("attn_logit_softcapping", 0.0)),
         logit_cap=float(value("final_logit_softcapping", 0.0)),
-        embed_scale=math.sqrt(d_model) if gemma else 1.0,
+        embed_scale=embed_scale,
     )
 
 

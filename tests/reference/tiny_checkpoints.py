@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+KINDS = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 SIZES: dict[str, Any] = {
     "vocab_size": 262,
     "hidden_size": 64,
@@ -37,6 +37,15 @@ EXTRA: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {"sliding_window": 8},
+    "smollm3": {"rope_theta": 5e4},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True, "rope_theta": 1e6},
     "gemma": {"head_dim": 32},
