@@ -151,6 +151,9 @@ edge_align_export.engines
 edge_align_export.parity
 edge_align_export.verify
 edge_align_export.bundle
+edge_align_export.decoder_spec
+edge_align_export.checkpoint_gguf
+edge_align_export.checkpoint_hf
 edge_align_export.checkpoint
 edge_align_export.onnx_weights
 edge_align_export.onnx_graph

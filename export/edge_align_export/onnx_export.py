@@ -14,7 +14,8 @@ from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import BackendUnavailable, InputError, ModelLoadError, StorageError
 from edge_align.files import make_private_dir, sha256_file, shown, storage_errors, sync_dir, write_atomic, write_json
 from edge_align.onnx_files import DECODER, ENCODER, KIND, MANIFEST, SCHEMA, TEMPLATE, TOKENIZER, WEIGHTS
-from edge_align_export.checkpoint import Checkpoint, DecoderSpec, open_checkpoint
+from edge_align_export.checkpoint import open_checkpoint
+from edge_align_export.decoder_spec import Checkpoint, DecoderSpec
 
 try:
     from edge_align_export.onnx_graph import decoder_graph, encoder_graph, Precision

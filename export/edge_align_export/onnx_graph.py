@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from onnx import helper, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from edge_align_export.checkpoint import Checkpoint
+from edge_align_export.decoder_spec import Checkpoint
 from edge_align_export.onnx_weights import BLOCK, WeightFile
 
 OPSET = 20
