@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,10 @@ def write_gguf(path: Path, architecture: str = "qwen2", *, seed: int = 0, chat: 
     return path
 
 
-def _add_byte_level(writer: Any, *, pre: str, chat: bool) -> int:
-    """GPT-2's kind of BPE. Returns how many tokens there are."""
+def _add_byte_level(writer: Any, *, pre: str, chat: bool, whole: Sequence[str] = ()) -> int:
+    """GPT-2's kind of BPE; `whole` are tokens that no merges make. Returns how many tokens there are."""
     control = CONTROL if chat else ["<|endoftext|>", "<unused0>", "<unused1>"]
-    tokens = [*control, *byte_tokens(), *(merge.replace(" ", "") for merge in MERGES)]
+    tokens = [*control, *byte_tokens(), *(merge.replace(" ", "") for merge in MERGES), *whole]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)

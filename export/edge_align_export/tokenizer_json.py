@@ -26,13 +26,18 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BY_DIGIT, _BY_THREE = [r"\p{N}", _GPT2], [_TIKTOKEN % "{1,3}"]
 PRE_TOKENIZERS: dict[str, list[str]] = {
     # tokenizer.ggml.pre -> the regular expressions that split a text, one after the other
-    "smollm": [r"\p{N}", _GPT2],
     "gpt-2": [_GPT2],
+    "smollm": _BY_DIGIT,
+    "refact": _BY_DIGIT,  # Granite's
+    "starcoder": _BY_DIGIT,
     "qwen2": [_TIKTOKEN % ""],
-    "llama-bpe": [_TIKTOKEN % "{1,3}"],
+    "llama-bpe": _BY_THREE,
+    "smaug-bpe": _BY_THREE,  # SmolLM3's
 }
+WHOLE_FIRST = ("llama-bpe",)  # a piece that is a token is that token, whether or not merges lead there
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "</s>", "<|end|>")
 
 PROBES = (
@@ -82,7 +87,7 @@ def _from_gguf(path: Path) -> ExportedTokenizer:
         if kind == "llama":
             parts = _sentencepiece(tokens, prefix=metadata.get("tokenizer.ggml.add_space_prefix") is not False)
         else:
-            parts = _byte_level(_merges(path), PRE_TOKENIZERS[str(pre)])
+            parts = _byte_level(_merges(path), str(pre))
         document = json.dumps(_document(tokens, parts), ensure_ascii=False)
         _check_against(model, document, path)
         return ExportedTokenizer(document, model.chat_template, model.bos, model.adds_bos, model.ends)
@@ -118,7 +123,6 @@ def _document(tokens: list[Token], parts: dict[str, Any]) -> dict[str, Any]:
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": False,
-        "ignore_merges": False,
         "vocab": {token.text: i for i, token in enumerate(tokens)},
     }
     steps = {"normalizer": None, "pre_tokenizer": None, "post_processor": None}
@@ -141,17 +145,17 @@ def _merges(path: Path) -> list[str]:
     return [str(merge) for merge in field.contents()]
 
 
-def _byte_level(merges: list[str], patterns: list[str]) -> dict[str, Any]:
-    """BPE of bytes, as GPT-2 spells them, in pieces that the patterns split off one after the other."""
+def _byte_level(merges: list[str], pre: str) -> dict[str, Any]:
+    """BPE of bytes, as GPT-2 spells them, in pieces that patterns split off one after the other."""
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in patterns
+        for pattern in PRE_TOKENIZERS[pre]
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
         "decoder": level,
-        "model": {"byte_fallback": False, "merges": merges},
+        "model": {"byte_fallback": False, "ignore_merges": pre in WHOLE_FIRST, "merges": merges},
     }
 
 
@@ -171,7 +175,7 @@ def _sentencepiece(tokens: list[Token], *, prefix: bool) -> dict[str, Any]:
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*before, space]},
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {"byte_fallback": True, "merges": merges},
+        "model": {"byte_fallback": True, "ignore_merges": False, "merges": merges},
     }
 
 

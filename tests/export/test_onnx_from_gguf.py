@@ -18,7 +18,7 @@ from edge_align.runtime.onnx import OnnxBackend
 from edge_align.runtime.tokenizer import Tokenizer
 from edge_align_export.gguf_file import export_gguf
 from edge_align_export.onnx_export import export_onnx
-from edge_align_export.tokenizer_json import read_tokenizer
+from edge_align_export.tokenizer_json import PRE_TOKENIZERS, read_tokenizer
 from scripts import tiny_models
 from scripts.tiny_models import D_HEAD, write_gguf, write_hf
 
@@ -121,6 +121,26 @@ def test_sentencepiece_is_rebuilt_without_its_merges(
 
         splits_alike()
         assert [tokenizer.piece(i) for i in range(model.n_vocab)] == [model.piece(i) for i in range(model.n_vocab)]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_byte_level_bpe_is_rebuilt(pre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tokens that no merges lead to, which llama.cpp takes whole or never, as the kind may be."""
+    add, whole = tiny_models._add_byte_level, ("hello", "\u0120thanks", "12", "123", "1234")
+    monkeypatch.setattr(
+        tiny_models, "_add_byte_level", lambda writer, **given: add(writer, **given | {"pre": pre, "whole": whole})
+    )
+    source = write_gguf(tmp_path / "tiny.gguf", "llama")
+    (tmp_path / "tokenizer.json").write_text(read_tokenizer(source).document, encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    pieces = ["hello", " thanks", "the", "1", "12", "1234", " ", "\n", "'s", "!", "ä", "<|im_end|>"]
+    with closing(NativeModel(source)) as model:
+
+        @given(st.lists(st.sampled_from(pieces) | st.text(max_size=3), max_size=12).map("".join), st.booleans())
+        def splits_alike(text: str, special: bool) -> None:
+            assert tokenizer.tokenize(text, special=special) == model.tokenize(text, special=special)
+
+        splits_alike()
 
 
 def test_a_tokenizer_of_another_kind_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
