@@ -1,7 +1,7 @@
 """Make a tiny base with random weights: as a GGUF, or as a Hugging Face folder. For tests and first tries.
 
     python scripts/tiny_models.py gguf qwen2 tiny.gguf       (or another of BUILDERS)
-    python scripts/tiny_models.py hf qwen2 FOLDER            (llama, qwen2; needs the extra `export`)
+    python scripts/tiny_models.py hf qwen2 FOLDER            (or another of HF_CLASSES; needs the extra `export`)
 
 Four blocks of width 64 (gemma3: six), a byte-level tokenizer (gemma3: SentencePiece's), under a megabyte. What such a
 model says is noise, but it runs in every engine, steers, and has activations to read. llama.cpp loads plamo2 and
@@ -286,14 +286,18 @@ SPLIT = {
 """How Llama 3 and Qwen2 split text before merging."""
 
 
+HF_CLASSES = {"llama": "Llama", "smollm3": "SmolLM3", "granite": "Granite", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""Names of transformers' classes begin with these."""
+
+
 def write_hf(folder: Path, architecture: str = "llama", *, seed: int = 0, **settings: object) -> Path:
     """A folder as `save_pretrained` writes it; `settings` replace those of the config."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     folder.mkdir(parents=True)
     n_vocab = _write_tokenizer(folder, architecture)
-    kind, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[architecture]
+    kind, model = (getattr(transformers, HF_CLASSES[architecture] + end) for end in ("Config", "ForCausalLM"))
     config = {
         "vocab_size": n_vocab,
         "hidden_size": WIDTH,
@@ -302,10 +306,11 @@ def write_hf(folder: Path, architecture: str = "llama", *, seed: int = 0, **sett
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV,
         "max_position_embeddings": CONTEXT,
-        "tie_word_embeddings": architecture == "qwen2",
+        "tie_word_embeddings": architecture in ("qwen2", "smollm3"),
         "initializer_range": 0.12,
         "bos_token_id": 0,
         "eos_token_id": 2,
+        **({"pad_token_id": 1} if architecture == "smollm3" else {}),  # its usual one is beyond this vocabulary
     }
     torch.manual_seed(seed)
     built = model(kind(**(config | settings)))
@@ -324,7 +329,7 @@ def _write_tokenizer(folder: Path, architecture: str) -> int:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT[architecture]), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT["qwen2" if architecture.startswith("qwen") else "llama"]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

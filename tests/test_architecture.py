@@ -142,6 +142,7 @@ edge_align_export.curves
 edge_align_export.pack
 edge_align_export.room
 edge_align_export.rope
+edge_align_export.decoder_spec
 edge_align_export.hf_folder
 edge_align_export.hf_tokenizer
 edge_align_export.hf_to_gguf
@@ -151,7 +152,6 @@ edge_align_export.engines
 edge_align_export.parity
 edge_align_export.verify
 edge_align_export.bundle
-edge_align_export.decoder_spec
 edge_align_export.checkpoint_gguf
 edge_align_export.checkpoint_hf
 edge_align_export.checkpoint

@@ -135,8 +135,9 @@ def pack(
 def gguf(app: App, source: str, quants: tuple[str, ...], out: str, runtime: RuntimeConfig) -> None:
     """Convert a checkpoint to GGUF, or a GGUF to another type, with llama.cpp's own quantiser.
 
-    Folders of the Llama family and Qwen2 are converted here (config.json, tokenizer.json, safetensors); others by
-    llama.cpp's convert_hf_to_gguf.py. A stopped run leaves nothing that loads; repeat the command.
+    Folders of the Llama family, SmolLM3, Granite, Qwen 2 and 3 are converted here (config.json, tokenizer.json,
+    safetensors); others by llama.cpp's convert_hf_to_gguf.py. A stopped run leaves nothing that loads; repeat the
+    command.
     """
     from edge_align_export.gguf_file import export_gguf
 

@@ -50,6 +50,13 @@ class HFFolder:
             raise InputError(f"{shown(self.path / 'config.json')}: {name} is {ascii(value)[:40]}")
         return value
 
+    def number(self, name: str, default: float) -> float:
+        """A positive number of `config.json`. Raises InputError."""
+        value = self.config.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise InputError(f"{shown(self.path / 'config.json')}: {name} is {ascii(value)[:40]}")
+        return float(value)
+
     def read(self, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
         """(name, float32 array) of these weights, one in memory at a time. Raises CorruptArtefact for NaN."""
         from safetensors import safe_open

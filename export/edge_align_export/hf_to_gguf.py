@@ -1,8 +1,8 @@
-"""A Hugging Face folder of the Llama family or Qwen2 as a GGUF in floating point.
+"""A Hugging Face folder of the Llama family, SmolLM3, Granite, Qwen2 or Qwen3 as a GGUF in floating point.
 
 The `gguf` package has the names of tensors and the writer, but no converter, and no well-kept package has one; so these
-two families are converted here. GGUF's Llama has the rows of q and k in the order of ggml's interleaved rotary
-embedding (pairs 2i, 2i + 1), Hugging Face's in that of rotated halves (i, i + d/2); Qwen2 keeps halves in both.
+are converted here. GGUF's Llama, SmolLM3 and Granite have the rows of q and k in the order of ggml's interleaved rotary
+embedding (pairs 2i, 2i + 1), Hugging Face's in that of rotated halves (i, i + d/2); Qwen keeps halves in both.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ import numpy as np
 
 from edge_align.errors import CorruptArtefact, InputError
 from edge_align.files import shown
+from edge_align_export.decoder_spec import NO_ROPE_PERIOD
 from edge_align_export.hf_folder import HFFolder, LISTED, OTHER_CONVERTER
 from edge_align_export.hf_tokenizer import Vocabulary
 from edge_align_export.rope import Rope, rope_of, SCALINGS
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 """Classes of `config.json` that are converted -> `general.architecture`."""
 
+INTERLEAVED = ("llama", "smollm3", "granite")
 FLOATS = ("F32", "F16", "BF16")
 F16_LIMIT = 65504.0
 
@@ -39,7 +48,9 @@ def check_convertible(folder: HFFolder) -> str:
     uses_window = folder.config.get("sliding_window") and folder.config.get(
         "use_sliding_window", architecture == "llama"
     )
+    rotated = [(il + 1) % NO_ROPE_PERIOD != 0 for il in range(folder.size("num_hidden_layers"))]
     for name, value, usual in (
+        ("no_rope_layers", folder.config.get("no_rope_layers") if architecture == "smollm3" else None, (None, rotated)),
         ("hidden_act", folder.config.get("hidden_act", "silu"), ("silu",)),
         ("rope scaling", rope.scaling, SCALINGS),
         ("sliding_window", folder.config.get("sliding_window") if uses_window else None, (None,)),
@@ -96,7 +107,7 @@ def convert(folder: HFFolder, path: Path, *, float_type: str = "F16", tell: Call
         if factors is not None:
             writer.write_tensor_data(factors)
         for done, (name, array) in enumerate(folder.read(list(expected)), 1):
-            if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            if architecture in INTERLEAVED and name.endswith(("q_proj.weight", "k_proj.weight")):
                 array = interleave(array, _n_head(folder, name))
             if float_type == "F16" and array.ndim == 2 and np.abs(array).max(initial=0.0) > F16_LIMIT:
                 raise CorruptArtefact(
@@ -125,8 +136,11 @@ def _d_head(folder: HFFolder) -> int:
 
 def _ignored(folder: HFFolder, name: str) -> bool:
     """Weights that say nothing: old checkpoints' rotary frequencies, and the head of a model whose head is tied."""
-    tied = folder.config.get("tie_word_embeddings", False)
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and bool(tied))
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and _is_tied(folder))
+
+
+def _is_tied(folder: HFFolder) -> bool:
+    return bool(folder.config.get("tie_word_embeddings", folder.architecture == "SmolLM3ForCausalLM"))
 
 
 def _expected(folder: HFFolder, architecture: str) -> dict[str, tuple[int, ...]]:
@@ -142,11 +156,13 @@ def _expected(folder: HFFolder, architecture: str) -> dict[str, tuple[int, ...]]
             shapes[f"self_attn.{name}.weight"] = shape
             if architecture == "qwen2" and name != "o_proj":
                 shapes[f"self_attn.{name}.bias"] = shape[:1]
+        if architecture == "qwen3":
+            shapes |= {f"self_attn.{name}.weight": (_d_head(folder),) for name in ("q_norm", "k_norm")}
         shapes |= {f"mlp.{name}.weight": (inner, width) for name in ("gate_proj", "up_proj")}
         shapes["mlp.down_proj.weight"] = (width, inner)
         found |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
     found["model.norm.weight"] = (width,)
-    if not folder.config.get("tie_word_embeddings", False):
+    if not _is_tied(folder):
         found["lm_head.weight"] = (vocab, width)
     return found
 
@@ -167,6 +183,11 @@ def _settings(writer: Any, folder: HFFolder, rope: Rope) -> None:
     if d_head * n_head != folder.size("hidden_size"):
         writer.add_key_length(d_head)
         writer.add_value_length(d_head)
+    if folder.architecture == "GraniteForCausalLM":
+        writer.add_embedding_scale(folder.number("embedding_multiplier", 1.0))
+        writer.add_attention_scale(folder.number("attention_multiplier", 1.0))
+        writer.add_residual_scale(folder.number("residual_multiplier", 1.0))
+        writer.add_logit_scale(folder.number("logits_scaling", 1.0))
     if rope.scaling == "linear":
         from gguf import RopeScalingType
 

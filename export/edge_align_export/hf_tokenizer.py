@@ -20,7 +20,10 @@ from edge_align.files import shown
 from edge_align.runtime.llama_native import NativeModel
 from edge_align_export.hf_folder import HFFolder, OTHER_CONVERTER
 
-RULES = "llama-bpe qwen2 smollm gpt-2 gpt-4o deepseek-llm deepseek-coder starcoder falcon tekken olmo dbrx".split()
+RULES = [
+    *("llama-bpe", "smaug-bpe", "qwen2", "smollm", "refact", "gpt-2", "gpt-4o", "deepseek-llm"),
+    *("deepseek-coder", "starcoder", "falcon", "tekken", "olmo", "dbrx"),
+]
 """Names of `tokenizer.ggml.pre`, the commonest first."""
 
 DIFFICULT = (

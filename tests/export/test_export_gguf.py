@@ -28,7 +28,7 @@ from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.gguf_file import export_gguf
 from edge_align_export.hf_to_gguf import interleave
 from edge_align_export.quantise import bits_per_weight, FTYPES, quantise
-from scripts.tiny_models import write_gguf, write_hf
+from scripts.tiny_models import HF_CLASSES, write_gguf, write_hf
 
 TEXT = "Hello there, it's 12345 o'clock.\n\n\tWhat's the matter, naïve 中文 🚀?"
 ONE = RuntimeConfig(n_threads=1, n_ctx=256)
@@ -36,9 +36,13 @@ ONE = RuntimeConfig(n_threads=1, n_ctx=256)
 transformers = pytest.importorskip("transformers", reason="needs the extra `export`")
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 0.5}
+
+
+@pytest.fixture(scope="module", params=HF_CLASSES)
 def folder(request, tmp_path_factory) -> Path:
-    return write_hf(tmp_path_factory.mktemp("hf") / f"Tiny {request.param}", request.param)
+    settings = GRANITE if request.param == "granite" else {}
+    return write_hf(tmp_path_factory.mktemp("hf") / f"Tiny {request.param}", request.param, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +253,12 @@ def test_an_architecture_not_converted_here_names_what_converts_it(llama, tmp_pa
     ):
         (copy / "config.json").write_text(json.dumps(config | change))
         refuse(copy, tmp_path, InputError, match)
+
+
+def test_settings_that_llama_cpp_takes_for_granted_are_held_to_that(tmp_path):
+    other = write_hf(tmp_path / "smollm3", "smollm3", no_rope_layers=[0, 1, 1, 0])
+    refuse(other, tmp_path, InputError, r"no_rope_layers \[0, 1, 1, 0\], not converted here")
+    refuse(write_hf(tmp_path / "granite", "granite", logits_scaling=0.0), tmp_path, InputError, "logits_scaling is 0.0")
 
 
 def test_damaged_weights_are_found_before_anything_is_written(llama, tmp_path):
