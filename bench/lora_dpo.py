@@ -1,7 +1,8 @@
 """LoRA-DPO and P-tuning-DPO on the base, with transformers and peft: the model, training, using what it learnt.
 
-They are given every advantage that costs no quality: the faster of bfloat16 and float32, reference log-probabilities
-computed once, and logits for answer tokens only. What is trained is float32 whatever the base is, as peft makes it.
+TRL's DPOTrainer trains the same adapter (`trl_dpo.py`, and a test). Here they are given every advantage that costs no
+quality: the faster of bfloat16 and float32, reference log-probabilities computed once, and logits for answer tokens
+only. What is trained is float32 whatever the base is, as peft makes it.
 """
 
 from __future__ import annotations
@@ -248,25 +249,36 @@ class _LoRAStudent:
     """The base with a LoRA on every linear map of the blocks."""
 
     def __init__(self, base: Any, settings: LoRA) -> None:
-        from peft import get_peft_model, LoraConfig
+        from peft import get_peft_model
 
-        targets = [name.split(".")[1] for name in NAMES]
-        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=targets)
-        self.model = get_peft_model(base, config)
+        self.model = get_peft_model(base, lora_config(settings))
         self.inner = self.model.get_base_model()
 
     def log_probs(self, rows: list[Rows]) -> torch.Tensor:
         return log_probs(self.inner, rows)
 
     def adapter(self) -> dict[str, torch.Tensor]:
-        found = {}
-        for il, layer in enumerate(self.inner.model.layers):
-            for name in NAMES:
-                module = layer.get_submodule(name)
-                b = module.lora_B["default"].weight * module.scaling["default"]
-                found[f"{il}.{name}.A"] = module.lora_A["default"].weight.detach().float().cpu()
-                found[f"{il}.{name}.B"] = b.detach().float().cpu()
-        return found
+        return lora_adapter(self.inner)
+
+
+def lora_config(settings: LoRA) -> Any:
+    """peft's, for every linear map of the blocks."""
+    from peft import LoraConfig
+
+    targets = [name.split(".")[1] for name in NAMES]
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=targets)
+
+
+def lora_adapter(inner: Any) -> dict[str, torch.Tensor]:
+    """What was trained on transformers' model `inner`, as `train` returns it."""
+    found = {}
+    for il, layer in enumerate(inner.model.layers):
+        for name in NAMES:
+            module = layer.get_submodule(name)
+            b = module.lora_B["default"].weight * module.scaling["default"]
+            found[f"{il}.{name}.A"] = module.lora_A["default"].weight.detach().float().cpu()
+            found[f"{il}.{name}.B"] = b.detach().float().cpu()
+    return found
 
 
 class _PTuningStudent:

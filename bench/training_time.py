@@ -2,10 +2,11 @@
 
     python bench/training_time.py --save              # theirs take minutes on two cores; kept when done
     python bench/training_time.py --steps 4 --save    # their time extrapolated, and marked so
+    python bench/training_time.py --trl --save        # and a LoRA trained by TRL's own DPOTrainer
 
-Theirs (`lora_dpo.py`) train in the faster of bfloat16 and float32 here, and their loading time is left out while ours
-is counted; ours is timed before, between and after them. All answers come from one PyTorch engine; the LoRA is merged
-into its weights. Peak memory is that of the process so far, so theirs are not below ours.
+Theirs (`lora_dpo.py`, `trl_dpo.py`) train in the faster of bfloat16 and float32 here, and their loading time is left
+out while ours is counted; ours is timed before, between and after them. All answers come from one PyTorch engine; the
+LoRA is merged into its weights. Peak memory is that of the process so far, so theirs are not below ours.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import trl_dpo
 from common import (
     Answer,
     Bench,
@@ -42,6 +44,7 @@ from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import user
 
 METHODS = {"LoRA-DPO": LoRA(), "P-tuning-DPO": PTuning()}
+BY_TRL = "LoRA-DPO by TRL"
 OURS = "edge-align"
 
 
@@ -54,8 +57,8 @@ def run(bench: Bench) -> dict[str, Any]:
     seconds, profile = timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))
     ours, memory = [seconds], peak_mb()
     trained, adapters = {}, {}
-    for name, settings in METHODS.items():
-        trained[name], adapters[name] = train_other(bench, pairs, settings)
+    for name, settings in (METHODS | ({BY_TRL: LoRA()} if args.trl else {})).items():
+        trained[name], adapters[name] = train_other(bench, pairs, settings, by_trl=name == BY_TRL)
         ours.append(timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))[0])
     found = {
         "user": who.name,
@@ -115,20 +118,22 @@ def compare(bench: Bench, encoder: Any, adapters: dict[str, dict[str, torch.Tens
 
 # -- theirs --------------------------------------------------------------------------------------------------------
 def train_other(
-    bench: Bench, pairs: Sequence[PreferencePair], settings: LoRA | PTuning
+    bench: Bench, pairs: Sequence[PreferencePair], settings: LoRA | PTuning, *, by_trl: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(seconds and settings, the adapter); kept when done, for it takes long."""
     args = bench.args
     options = [type(settings).__name__, *asdict(settings).values(), args.steps, args.dtype, args.seed, args.threads]
+    options += [BY_TRL] if by_trl else []
     texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
 
-    def work() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def trained() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         rows, base = tokenized(bench, pairs), build_hf(bench)
         dtype, tried = fastest_dtype(base, rows, settings, args.dtype)
-        row, adapter = train(base, rows, settings, dtype=dtype, seed=args.seed, steps=args.steps)
+        work = trl_dpo.train if by_trl else train
+        row, adapter = work(base, rows, settings, dtype=dtype, seed=args.seed, steps=args.steps)
         return row | {"probe_sec": tried, "peak_rss_mb": peak_mb()} | asdict(settings), adapter
 
-    cost, path = kept_training(bench.keep("trained-time", options, texts), work)
+    cost, path = kept_training(bench.keep("trained-time", options, texts), trained)
     return cost, load_file(path)
 
 
@@ -140,6 +145,7 @@ if __name__ == "__main__":
     p.add_argument("--prompts", type=int, default=100, help="unseen test prompts")
     p.add_argument("--max-tokens", type=int, default=96)
     p.add_argument("--steps", type=int, default=0, help="stop theirs after so many steps and extrapolate their time")
+    p.add_argument("--trl", action="store_true", help="also a LoRA by TRL's DPOTrainer, as it comes")
     p.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster one here")
     p.add_argument("--kl-budget", type=float, default=PersonalizeConfig().kl_budget)
     p.add_argument("--no-answers", action="store_true", help="seconds only")

@@ -69,6 +69,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "serving_soak",
         "slots",
         "lora_dpo",
+        "trl_dpo",
     )
     before = list(sys.path)
     sys.path.insert(0, str(BENCH))
@@ -402,6 +403,25 @@ def test_a_lora_and_virtual_tokens_do_in_the_reference_what_they_do_in_transform
         np.testing.assert_allclose(ours.score([*ids, *prompt], answer), expected, atol=1e-3)
         assert log_odds(ours, rows, before=ids) > base + 0.5
     assert log_odds(ours, rows) == base
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainer
+def test_a_lora_is_trained_as_trl_trains_it(bench: dict[str, ModuleType], tiny_workplace: tuple[str, ...]) -> None:
+    """The same first guess and the same order of pairs: the same losses, the same adapter."""
+    lora = bench["lora_dpo"]
+    rows = [[(prompt, chosen), (prompt, rejected)] for (prompt, chosen), (_, rejected) in random_rows(0)]
+    with bench["common"].Bench(bench["common"].parser("").parse_args(tiny_workplace)) as opened:
+        base = lora.build_hf(opened)
+    settings = lora.LoRA(0.01, rank=2, alpha=4, epochs=4, batch=2)
+    plan = lora.shuffled(len(rows), epochs=settings.epochs, batch=settings.batch, rng=np.random.default_rng(3))
+    cost, ours = lora.train(base, rows, settings, dtype="fp32", seed=3)
+    other, theirs = bench["trl_dpo"].train(base, rows, settings, dtype="fp32", seed=3, order=np.concatenate(plan))
+    assert other["steps"] == cost["steps"] == 12
+    assert other["first_loss"] == pytest.approx(cost["first_loss"], abs=1e-4)  # TRL rounds what it logs
+    assert other["last_loss"] == pytest.approx(cost["last_loss"], abs=1e-4) and cost["last_loss"] < 0.5
+    assert ours.keys() == theirs.keys()
+    for name, part in ours.items():
+        assert torch.abs(part - theirs[name]).max() <= 1e-3 * torch.abs(part).max(), name
 
 
 def test_trained_vectors_raise_what_was_chosen_and_lower_it_when_they_are_turned_round(
