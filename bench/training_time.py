@@ -52,6 +52,7 @@ def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
         args.pairs, args.tokens, args.prompts, args.max_tokens, args.steps = 8, 12, 2, 8, args.steps or 1
+        args.trl = True
     who = user(args.user)
     pairs = short_pairs(bench, who, n=args.pairs, tokens=args.tokens)
     seconds, profile = timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))
