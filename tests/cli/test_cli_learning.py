@@ -2,6 +2,7 @@ import dataclasses
 import inspect
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -234,7 +235,10 @@ def test_export_pack_tells_how_long_it_takes_and_what_came_out(run, home, base_p
     assert json.loads(fast.stdout)["pack"] == str(tmp_path / "pack")
     assert asked["fast"] is True
     sized = ("--recipe", "clap", "--steps", "30", "--batch", "4", "--prompts", "64", "--answers", "12")
-    assert run("export", "pack", "--model", str(base_path), *sized).exit_code == 0
+    smaller = run("export", "pack", "--model", str(base_path), *sized)
+    assert smaller.exit_code == 0
+    first, second = (int(re.search(r"about ([\d,]+) minutes", one.stderr)[1]) for one in (result, smaller))
+    assert 0.4 * first < second < 0.7 * first  # 768 answers for 2,432
     assert (asked["recipe"], asked["config"].prompts, asked["config"].answers) == ("clap", 64, 12)
     assert (asked["clap"].steps, asked["clap"].prompts) == (30, 4)
     assert run("export", "pack", "--model", str(base_path), "--recipe", "score", "--readout", "a").exit_code == 0
