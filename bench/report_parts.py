@@ -109,6 +109,6 @@ def source(result: Result) -> str:
     machine = result["machine"]
     return (
         f"`python bench/{result['script']}.py {' '.join(options)}` at {result['commit']}, {result['date'][:10]}, "
-        f"{machine['cores']} cores of {machine['cpu']} {with_bf16(result)} instructions: "
+        f"{machine['cores']} core{'' if machine['cores'] == 1 else 's'} of {machine['cpu']} {with_bf16(result)} instructions: "
         f"[{result['file']}](../bench/results/{result['file']}){earlier(result)}"
     )
