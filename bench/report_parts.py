@@ -107,8 +107,9 @@ def source(result: Result) -> str:
         if key not in hidden and value not in (None, False)
     ]
     machine = result["machine"]
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     return (
         f"`python bench/{result['script']}.py {' '.join(options)}` at {result['commit']}, {result['date'][:10]}, "
-        f"{machine['cores']} core{'' if machine['cores'] == 1 else 's'} of {machine['cpu']} {with_bf16(result)} instructions: "
+        f"{cores} of {machine['cpu']} {with_bf16(result)} instructions: "
         f"[{result['file']}](../bench/results/{result['file']}){earlier(result)}"
     )
