@@ -16,6 +16,7 @@ from edge_align_export.decoder_spec import (
     DecoderSpec,
     GGUF_TYPES,
     HF_TYPES,
+    INTERLEAVED,
     MAX_POSITIONS,
     NO_ROPE_PERIOD,
     PERIODS,
@@ -54,8 +55,7 @@ def open_gguf(path: Path) -> Checkpoint:
     unknown = tensors.header.tensors.keys() - {*found.values(), "rope_freqs.weight"}
     if unknown:
         raise BackendUnavailable(f"{shown(path)} has weights that the export does not know: {some_of(unknown)}")
-    paired = spec.architecture in ("llama", "smollm3", "granite")
-    heads = {"q": spec.n_head, "k": spec.n_head_kv} if paired else {}
+    heads = {"q": spec.n_head, "k": spec.n_head_kv} if spec.architecture in INTERLEAVED else {}
 
     def read(name: str) -> np.ndarray:
         array = tensors.read(found[name])
@@ -63,7 +63,7 @@ def open_gguf(path: Path) -> Checkpoint:
         return _half_rotated(array, heads[part]) if part in heads else array
 
     blocks = [tensor for name, tensor in tensors.header.tensors.items() if name.startswith("blk.")]
-    bits = 8 * sum(tensor.n_bytes for tensor in blocks) / sum(math.prod(tensor.shape) for tensor in blocks)
+    bits = 8 * sum(tensor.n_bytes for tensor in blocks) / max(1, sum(math.prod(tensor.shape) for tensor in blocks))
     return Checkpoint(path.stem, spec, frozenset(found), sha256_file(path), path, bits, read)
 
 

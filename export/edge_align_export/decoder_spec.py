@@ -16,6 +16,7 @@ import numpy as np
 from edge_align.errors import ModelLoadError
 from edge_align.files import shown
 
+INTERLEAVED = ("llama", "smollm3", "granite")  # in GGUF, pairs of a rotation lie side by side in rows of q and k
 PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}  # every so many blocks one looks at everything
 NO_ROPE_PERIOD = 4  # SmolLM3: every so many blocks one has no rotary embedding
 MAX_POSITIONS = 32_768  # of the rotary tables; longer contexts are capped

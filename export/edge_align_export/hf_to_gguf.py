@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_align.errors import CorruptArtefact, InputError
 from edge_align.files import shown
-from edge_align_export.decoder_spec import NO_ROPE_PERIOD
+from edge_align_export.decoder_spec import INTERLEAVED, NO_ROPE_PERIOD
 from edge_align_export.hf_folder import HFFolder, LISTED, OTHER_CONVERTER
 from edge_align_export.hf_tokenizer import Vocabulary
 from edge_align_export.rope import Rope, rope_of, SCALINGS
@@ -31,7 +31,6 @@ ARCHITECTURES = {
 }
 """Classes of `config.json` that are converted -> `general.architecture`."""
 
-INTERLEAVED = ("llama", "smollm3", "granite")
 FLOATS = ("F32", "F16", "BF16")
 F16_LIMIT = 65504.0
 
