@@ -236,8 +236,13 @@ def train(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "first_loss": losses[0],
         "last_loss": float(np.mean(losses[-5:])),
-        "stored_bytes": sum(part.numel() * 2 for part in adapter.values()),  # in 16 bits
+        "stored_bytes": stored_bytes(adapter),
     }, adapter
+
+
+def stored_bytes(adapter: dict[str, torch.Tensor]) -> int:
+    """What an adapter takes in 16 bits."""
+    return sum(part.numel() * 2 for part in adapter.values())
 
 
 def student_of(base: Any, settings: LoRA | PTuning) -> _LoRAStudent | _PTuningStudent:

@@ -87,27 +87,11 @@ def _add_byte_level(writer: Any, *, pre: str, chat: bool, whole: Sequence[str] =
     return len(tokens)
 
 
-def _add_sentencepiece(writer: Any, *, chat: bool, pre: str = "default", prefix: bool = False) -> int:
+def _add_sentencepiece(writer: Any, *, pre: str, chat: bool, prefix: bool = False) -> int:
     """Gemma's kind: scores and no merges, bytes for what has no token, runs of spaces and line breaks of their own."""
     control = CONTROL if chat else ["<eos>", "<unused0>", "<unused1>"]
     whole = ["  ", "   ", "\n\n", "<b>", "</s>"]
-    learnt = [
-        "th",
-        "in",
-        "\u2581t",
-        "\u2581th",
-        "the",
-        "\u2581the",
-        "an",
-        "er",
-        "on",
-        "ing",
-        "qu",
-        "\u2581a",
-        "oo",
-        "aaa",
-        "aa",
-    ]
+    learnt = "th in \u2581t \u2581th the \u2581the an er on ing qu \u2581a oo aaa aa".split()
     letters = ["\u2581", *map(chr, range(33, 127)), "\n", "ä", "é", "ß"]
     groups = [(control, 3), (["<unk>"], 2), ([f"<0x{byte:02X}>" for byte in range(256)], 6), (whole, 4)]
     groups += [(learnt, 1), (letters, 1)]

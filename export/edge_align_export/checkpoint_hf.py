@@ -19,6 +19,7 @@ from edge_align_export.decoder_spec import (
     NO_ROPE_PERIOD,
     PERIODS,
     some_of,
+    TIED,
 )
 from edge_align_export.rope import BASE, rope_of, SCALINGS, SLIDING
 
@@ -59,7 +60,7 @@ def open_folder(folder: Path) -> Checkpoint:
         for ending, hf_ending in (("", ".weight"), (".bias", ".bias"))
     }
     found = {ours: theirs for ours, theirs in found.items() if theirs in where}
-    if config.get("tie_word_embeddings", gemma or spec.architecture == "smollm3"):
+    if config.get("tie_word_embeddings", spec.architecture in TIED):
         found.pop("head", None)
     elif "head" not in found:
         raise ModelLoadError(f"{shown(folder)} has no weight for head ({_HF_TOP['head']})")

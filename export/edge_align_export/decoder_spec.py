@@ -18,6 +18,7 @@ from edge_align.files import shown
 
 INTERLEAVED = ("llama", "smollm3", "granite")  # in GGUF, pairs of a rotation lie side by side in rows of q and k
 PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6}  # every so many blocks one looks at everything
+TIED = ("smollm3", "gemma", "gemma2", "gemma3_text")  # the head is the embedding where config.json does not say
 NO_ROPE_PERIOD = 4  # SmolLM3: every so many blocks one has no rotary embedding
 MAX_POSITIONS = 32_768  # of the rotary tables; longer contexts are capped
 HF_TYPES = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")

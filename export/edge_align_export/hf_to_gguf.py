@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_align.errors import CorruptArtefact, InputError
 from edge_align.files import shown
-from edge_align_export.decoder_spec import INTERLEAVED, NO_ROPE_PERIOD
+from edge_align_export.decoder_spec import INTERLEAVED, NO_ROPE_PERIOD, TIED
 from edge_align_export.hf_folder import HFFolder, LISTED, OTHER_CONVERTER
 from edge_align_export.hf_tokenizer import Vocabulary
 from edge_align_export.rope import Rope, rope_of, SCALINGS
@@ -139,7 +139,7 @@ def _ignored(folder: HFFolder, name: str) -> bool:
 
 
 def _is_tied(folder: HFFolder) -> bool:
-    return bool(folder.config.get("tie_word_embeddings", folder.architecture == "SmolLM3ForCausalLM"))
+    return bool(folder.config.get("tie_word_embeddings", ARCHITECTURES.get(folder.architecture) in TIED))
 
 
 def _expected(folder: HFFolder, architecture: str) -> dict[str, tuple[int, ...]]:
