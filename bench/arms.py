@@ -3,10 +3,9 @@
     python bench/answers.py --set train && python bench/arms.py --save
 
 Arms: the preference written in the system prompt; three pairs shown in it; the mean difference of the chosen and the
-rejected answers' hidden states as a control vector, at the KL that ours measures; with --bipo, vectors trained through
-the base at that KL (bipo.py); ours; ours with the written preference. Every arm answers the same unseen questions with
-the same cap and seeds, and NLL is always that of the answer after the bare question, under the base. LoRA-DPO is in
-lora.py.
+rejected answers' hidden states as a control vector, at the KL that ours measures; ours; ours with the written
+preference. Every arm answers the same unseen questions with the same cap and seeds, and NLL is always that of the
+answer after the bare question, under the base. What trains through the base is in lora.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import bipo
 import numpy as np
 from common import (
     Answer,
@@ -33,7 +31,6 @@ from common import (
     users_option,
     users_pairs,
 )
-from lora_dpo import tokenized
 from quality import answer_cap, judged, other_judges
 from rich.table import Table
 
@@ -116,17 +113,10 @@ def arms(bench: Bench, who: User, pairs: Sequence[PreferencePair], unseen: Seque
 
     written = told("written preference", f"You are a helpful assistant. The user {who.description}.")
     difference_sec, difference = timed(lambda: mean_difference(bench, pairs))
-    trained = []
-    if bench.args.bipo:
-        settings = bipo.Bipo(learning_rate=bench.args.bipo, epochs=1 if bench.args.quick else bipo.Bipo.epochs)
-        layers, rows = other_blocks(bench), tokenized(bench, pairs)
-        seconds, found = timed(lambda: bipo.train(bench.reference, rows, layers, settings, seed=bench.args.seed))
-        trained = [Arm("trained vectors (BiPO)", user_prompt, at_our_kl(found), seconds, 0)]
     return [
         written,
         told("three pairs in the prompt", shown(pairs[:SHOWN])),
         Arm("mean-difference vector", user_prompt, at_our_kl(difference), difference_sec, 0),
-        *trained,
         Arm("edge-align", user_prompt, ours, profile_sec, 0),
         Arm("edge-align + written preference", written.ask, ours, profile_sec, written.prompt_tokens),
     ]
@@ -193,7 +183,6 @@ if __name__ == "__main__":
     users_option(p)
     p.add_argument("--pairs", type=int, default=100, help="pairs each arm may use")
     p.add_argument("--vectors-only", action="store_true", help="leave out the arms that write into the prompt")
-    p.add_argument("--bipo", type=float, default=0.0, metavar="RATE", help="also train vectors, at this learning rate")
     p.add_argument("--blocks", default="8,21", metavar="FIRST,LAST", help="that the other vectors are added to")
     p.add_argument("--set", default="test", choices=("test", "validation"), help="of the unseen prompts")
     p.add_argument("--prompts", type=int, default=100, help="unseen prompts")

@@ -1,4 +1,4 @@
-"""A steering vector trained through the frozen base on one person's pairs: BiPO (arXiv 2406.00045).
+"""Steering vectors trained through the frozen base on one person's pairs: BiPO (arXiv 2406.00045).
 
 The paper trains one vector after one block. Here several blocks have one each, from the last prompt token on, as the
 engines apply them.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from common import progress
-from lora_dpo import Rows, shuffled
+from lora_dpo import device_name, Rows, shuffled, stored_bytes, Training, waited
 
 from edge_align.runtime.torch_ref import LlamaReference
 from edge_align_export.clap_loss import FrozenDecoder, make_batch
@@ -22,17 +23,27 @@ MAX_TOKENS = 512  # of an answer
 
 
 @dataclass(frozen=True)
-class Bipo:
-    """Settings of a training; AdamW without weight decay, as the paper's code runs."""
+class Bipo(Training):
+    """Settings of a training; AdamW without weight decay, as the paper's code runs. The blocks: first and last."""
 
     learning_rate: float = 1e-2
-    beta: float = 0.1
-    epochs: int = 3
-    batch: int = 4  # pairs
+    blocks: tuple[int, int] = (8, 21)
+
+    def layers(self, n_layer: int) -> range:
+        """Those of `blocks` that a base has."""
+        first, last = self.blocks
+        return range(first, min(last + 1, n_layer))
 
 
-def train(model: LlamaReference, pairs: Sequence[Rows], layers: range, settings: Bipo, *, seed: int) -> np.ndarray:
-    """(n_layer, d_model) float32, zero outside `layers`. Deterministic by seed; the learning rate falls as a cosine."""
+def train(
+    model: LlamaReference, pairs: Sequence[Rows], settings: Bipo, *, seed: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(seconds and losses, "vectors": (n_layer, d_model) float32, zero outside the blocks that are steered).
+
+    Deterministic by seed; the learning rate falls as a cosine.
+    """
+    start, losses = waited(model.device), []
+    layers = settings.layers(model.n_layer)
     rng = np.random.default_rng(seed)
     vectors = torch.zeros(len(layers), model.shape.d_model, device=model.device, requires_grad=True)
     optimiser = torch.optim.AdamW([vectors], lr=settings.learning_rate, weight_decay=0.0)
@@ -56,7 +67,15 @@ def train(model: LlamaReference, pairs: Sequence[Rows], layers: range, settings:
             loss.backward()
             optimiser.step()
             schedule.step()
+            losses.append(float(loss.detach()))
             tell(step + 1)
-    array = np.zeros((model.shape.n_layer, model.shape.d_model), np.float32)
-    array[list(layers)] = vectors.detach().float().cpu().numpy()
-    return array
+    found = torch.zeros(model.n_layer, model.shape.d_model)
+    found[list(layers)] = vectors.detach().cpu()
+    return {
+        "seconds": waited(model.device) - start,
+        "steps": len(plan),
+        "device": device_name(model.device),
+        "first_loss": losses[0],
+        "last_loss": float(np.mean(losses[-5:])),
+        "stored_bytes": stored_bytes({"vectors": found[list(layers)]}),
+    }, {"vectors": found}

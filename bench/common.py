@@ -520,16 +520,19 @@ class Profile:
     nll_ratio: float | None  # as it was checked
     collision_ratio: float | None
     learnt: Learnt
+    stages_sec: dict[str, float]
 
 
 def learn_profile(bench: Bench, pairs: Sequence[PreferencePair], *, kl_budget: float | None = None) -> Profile:
     """Encode, fit and calibrate exactly as `personalize` does."""
-    feedback = encode_dataset(bench.base, bench.pack, dataset_of(pairs), runtime=bench.runtime)
-    learnt = learn(bench.pack, feedback, seed=bench.args.seed)
+    seconds: dict[str, float] = {}
+    dataset, pack = dataset_of(pairs), bench.pack
+    seconds["encode"], feedback = timed(lambda: encode_dataset(bench.base, pack, dataset, runtime=bench.runtime))
+    seconds["fit"], learnt = timed(lambda: learn(pack, feedback, seed=bench.args.seed))
     budget = PersonalizeConfig().kl_budget if kl_budget is None else kl_budget
-    encoder, _ = calibrate(bench.pack, learnt, kl_budget=budget)
-    checked = check_fluent(bench, learnt, encoder)
-    return Profile(checked.encoder, checked.predicted_kl, checked.nll_ratio, checked.collision_ratio, learnt)
+    seconds["calibrate"], (encoder, _) = timed(lambda: calibrate(pack, learnt, kl_budget=budget))
+    seconds["check"], checked = timed(lambda: check_fluent(bench, learnt, encoder))
+    return Profile(checked.encoder, checked.predicted_kl, checked.nll_ratio, checked.collision_ratio, learnt, seconds)
 
 
 def check_fluent(bench: Bench, learnt: Learnt, encoder: PreferenceEncoder) -> Checked:

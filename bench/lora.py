@@ -1,13 +1,16 @@
-"""LoRA-DPO, or P-tuning-DPO, with a tuned learning rate against edge-align, on the same pairs of the same people.
+"""What trains through the base for every person, its learning rate tuned, against edge-align on the same pairs.
 
     python bench/answers.py --set train && python bench/lora.py --save
     python bench/lora.py --method ptuning --rates 1e-3,3e-3,1e-2 --save
+    python bench/lora.py --method bipo --rates 1e-3,1e-2 --save
+
+The methods: LoRA-DPO, P-tuning-DPO, and steering vectors (BiPO, bipo.py).
 
 The learning rate is the one with the highest mean win rate on validation people and validation prompts among those
 whose answers stay within NLL_LIMIT times the base's NLL; a single one is taken as it is. Every arm answers the same
-unseen prompts in one PyTorch engine; the LoRA is merged into the weights, as it was trained and, in an arm of its own,
-scaled to the KL from the base that ours measures. On two cores a training takes minutes. What is done is kept, so a
-stopped run goes on.
+unseen prompts in one PyTorch engine, into whose weights a LoRA is merged. LoRA and vectors come as they were trained
+and, in an arm of their own, scaled to the KL from the base that ours measures. On two cores a training takes minutes.
+What is done is kept, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import bipo
 import numpy as np
 import torch
 from common import (
@@ -39,7 +43,7 @@ from common import (
     users_option,
     users_pairs,
 )
-from lora_dpo import applied, build_hf, kept_training, LoRA, merged, PTuning, tokenized, train
+from lora_dpo import applied, build_hf, kept_training, LoRA, PTuning, tokenized, train, Training
 from quality import answer_cap, judged, other_judges
 from rich.table import Table
 from safetensors.torch import load_file
@@ -49,8 +53,8 @@ from edge_align.records import PreferencePair, SteeringVectors
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import bootstrap_interval, User, user, wins
 
-METHODS = {"lora": "LoRA-DPO", "ptuning": "P-tuning-DPO"}
-AT_KL, OURS = "LoRA-DPO at our KL", "edge-align"
+METHODS = {"lora": "LoRA-DPO", "ptuning": "P-tuning-DPO", "bipo": "BiPO"}
+OURS = "edge-align"
 TUNING_PAIRS = 100
 NLL_LIMIT = 1.25
 
@@ -93,8 +97,12 @@ class Trainer:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         args = bench.args
-        lora = LoRA(rank=args.rank, alpha=2 * args.rank, epochs=args.epochs)
-        self.settings = lora if args.method == "lora" else PTuning(epochs=args.epochs)
+        known = {
+            "lora": LoRA(rank=args.rank, alpha=2 * args.rank, epochs=args.epochs),
+            "ptuning": PTuning(epochs=args.epochs),
+            "bipo": bipo.Bipo(epochs=args.epochs),
+        }
+        self.settings = known[args.method]
         self.name = METHODS[args.method]
         self.questions, whole = train_answers(bench)
         self.answers = [[self._cut(text) for text in texts] for texts in whole]
@@ -121,7 +129,7 @@ class Trainer:
         """Answers steered by vectors (n, n_layer, d_model)."""
         return sample_reference(self.bench, unseen, vectors, max_tokens=cap, label="edge-align")
 
-    def adapter(self, who: User, settings: LoRA | PTuning, size: int) -> Adapter:
+    def adapter(self, who: User, settings: Training, size: int) -> Adapter:
         """Train once; kept."""
         bench, pairs = self.bench, self.pairs(who, size)
         texts = [[pair.prompt[-1].content, pair.chosen, pair.rejected] for pair in pairs]
@@ -129,7 +137,10 @@ class Trainer:
         kept = bench.keep("trained", type(settings).__name__, named, texts)
 
         def work() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-            return train(self.base, tokenized(bench, pairs), settings, dtype=bench.args.dtype, seed=bench.args.seed)
+            rows = tokenized(bench, pairs)
+            if isinstance(settings, bipo.Bipo):
+                return bipo.train(bench.reference, rows, settings, seed=bench.args.seed)
+            return train(self.base, rows, settings, dtype=bench.args.dtype, seed=bench.args.seed)
 
         return Adapter(*kept_training(kept, work))
 
@@ -138,8 +149,11 @@ class Trainer:
         bench, questions, seed = self.bench, list(unseen), self.bench.args.seed + SEED
         kept = bench.keep("adapted", adapter.path.name, questions, cap, seed, strength)
         named = {"max_tokens": cap, "seed": seed, "kept": kept, "label": f"{who.name}: {self.name} x {strength:.2f}"}
-        with applied(bench.reference, load_file(adapter.path), strength=strength) as ids:
-            return sample_rows(bench, bench.reference, questions, None, before=ids, **named)
+        parts = load_file(adapter.path)
+        steered = strength * parts["vectors"].numpy() if "vectors" in parts else None
+        rows = None if steered is None else np.repeat(steered[None], len(questions), axis=0)
+        with applied(bench.reference, parts, strength=strength) as ids:
+            return sample_rows(bench, bench.reference, questions, rows, before=ids, **named)
 
     @cached_property
     def probe(self) -> Probe:
@@ -152,8 +166,9 @@ class Trainer:
         parts = load_file(adapter.path)
 
         def kl_at(strength: float) -> float:
-            with merged(self.bench.reference, parts, strength=strength) as model:
-                return measured_kl(ReferenceScorer(model), self.probe, None)
+            vectors = SteeringVectors(strength * parts["vectors"].numpy()) if "vectors" in parts else None
+            with applied(self.bench.reference, parts, strength=strength):
+                return measured_kl(ReferenceScorer(self.bench.reference), self.probe, vectors)
 
         return search_factor(kl_at, kl)
 
@@ -183,9 +198,9 @@ def tune(trainer: Trainer, rate: float) -> dict[str, Any]:
 
 
 def compare(
-    trainer: Trainer, who: User, settings: LoRA | PTuning, unseen: Sequence[str], *, size: int
+    trainer: Trainer, who: User, settings: Training, unseen: Sequence[str], *, size: int
 ) -> list[dict[str, Any]]:
-    """A row for theirs and, unless it was not asked for, one for ours and one for a LoRA at the KL of ours."""
+    """A row for theirs and, unless it was not asked for, one for ours and one for theirs at the KL of ours."""
     bench, cap = trainer.bench, answer_cap(trainer.bench, who)
     base, second = trainer.unsteered(unseen, cap), trainer.second.get(who.name)
     adapter = trainer.adapter(who, settings, size)
@@ -199,10 +214,10 @@ def compare(
         stored = sum(array.nbytes for array in profile.encoder.to_tensors().values())
         cost = {"seconds": seconds, "stored_bytes": stored, "trained_on": "cpu", "kl": kl}
         arms.append((OURS, trainer.personal(unseen, cap, vectors), cost))
-        if kl > 0.0 and isinstance(settings, LoRA):
+        if kl > 0.0 and not isinstance(settings, PTuning):
             strength, found = trainer.strength_at(adapter, kl)
             made = trainer.adapted(who, adapter, unseen, cap, strength)
-            arms.append((AT_KL, made, trained | {"strength": strength, "kl": found}))
+            arms.append((at_our_kl(trainer.name), made, trained | {"strength": strength, "kl": found}))
     rows = []
     for name, made, more in arms:
         row = judged(bench, who, list(unseen), made, base, second)
@@ -211,6 +226,11 @@ def compare(
         rows.append(row | {"won": won.tolist()})
         console.print(f"{who.name} {size}, {name}: win {row['win_rate']:.2f}, nll x {row['nll_ratio']:.2f}")
     return rows
+
+
+def at_our_kl(method: str) -> str:
+    """The arm in which what was trained is scaled to the KL of ours."""
+    return f"{method} at our KL"
 
 
 def summary(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
@@ -229,15 +249,16 @@ def summary(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
             for arm in sorted(arms)
         }
     names = sorted({row["user"] for row in rows})
-    against = [(size, arm, size) for size in sizes for arm in (method, AT_KL)]
-    against += [(min(sizes), arm, 100) for arm in (method, AT_KL) if min(sizes) < 100]
-    for ours, arm, theirs in against:
-        both = [((OURS, ours, name), (arm, theirs, name)) for name in names]
+    theirs = (method, at_our_kl(method))
+    against = [(size, arm, size) for size in sizes for arm in theirs]
+    against += [(min(sizes), arm, 100) for arm in theirs if min(sizes) < 100]
+    for ours, arm, size in against:
+        both = [((OURS, ours, name), (arm, size, name)) for name in names]
         both = [(a, b) for a, b in both if a in won and b in won]
         if both:  # of those who have both: a person may tell too few pairs apart, or have no KL, if ours does not steer
             gain = np.mean([won[a] - won[b] for a, b in both], axis=0)
             low, high = bootstrap_interval(gain, rng=np.random.default_rng(0))
-            found[f"{OURS} {ours} less {arm} {theirs}"] = {"mean": float(gain.mean()), "ci": [low, high]}
+            found[f"{OURS} {ours} less {arm} {size}"] = {"mean": float(gain.mean()), "ci": [low, high]}
     return found
 
 
@@ -260,7 +281,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    p = parser("LoRA-DPO, tuned on validation people, against edge-align on the same pairs.")
+    p = parser("What trains through the base, tuned on validation people, against edge-align on the same pairs.")
     p.add_argument("--method", choices=tuple(METHODS), default="lora")
     users_option(p)
     p.add_argument("--sizes", default="20,100,200", help="pairs learnt from")

@@ -36,7 +36,7 @@ Rows = list[tuple[list[int], list[int]]]  # (prompt, answer) token ids
 
 @dataclass(frozen=True)
 class Training:
-    """Settings that both have. batch: pairs."""
+    """Settings that all have. batch: pairs."""
 
     learning_rate: float
     beta: float = 0.1
@@ -102,10 +102,15 @@ def preceded(model: LlamaReference, before: torch.Tensor) -> Iterator[list[int]]
 
 @contextmanager
 def applied(model: LlamaReference, adapter: dict[str, torch.Tensor], *, strength: float = 1.0) -> Iterator[list[int]]:
-    """The reference with what was trained; the tokens that then come before every prompt. strength: of a LoRA."""
+    """The reference with what was trained; the tokens that then come before every prompt. strength: of a LoRA.
+
+    Steering vectors leave it as it is: each row is given its own.
+    """
     if "before" in adapter:
         with preceded(model, adapter["before"]) as ids:
             yield ids
+    elif "vectors" in adapter:
+        yield []
     else:
         with merged(model, adapter, strength=strength):
             yield []
@@ -233,11 +238,16 @@ def train(
         "steps": len(plan),
         "steps_of_all": total,
         "dtype": dtype,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "first_loss": losses[0],
         "last_loss": float(np.mean(losses[-5:])),
         "stored_bytes": stored_bytes(adapter),
     }, adapter
+
+
+def device_name(device: torch.device) -> str:
+    """As results say it."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
 
 
 def stored_bytes(adapter: dict[str, torch.Tensor]) -> int:

@@ -18,7 +18,7 @@ from report_parity import parity
 from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table, with_bf16
 from report_plots import draw_all
 from report_quality import combined, curves, flipped, other_base, quality, quality_of, SIZES
-from report_trained import AT_KL, LORA, lora, ptuning, training_time, tried_of
+from report_trained import at_our_kl, bipo, LORA, lora, ptuning, timed_whole, training_time, tried_of
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "plots"
@@ -117,6 +117,7 @@ SECTIONS = (
     ("Beside what people would use instead", alternatives),
     ("Beside a LoRA for every person", lora),
     ("Beside virtual tokens for every person", ptuning),
+    ("Beside vectors trained through the base", bipo),
     ("What chance does", directions),
     ("The gate", gate),
     ("Do engines agree?", parity),
@@ -127,7 +128,7 @@ SECTIONS = (
     ("The server", serving),
 )
 
-UNMEASURED = (combined, curves, lora, other_base, packs, ptuning)
+UNMEASURED = (bipo, combined, curves, lora, other_base, packs, ptuning)
 """Sections that are left out while they have no result; any other one must have its own."""
 
 
@@ -147,7 +148,7 @@ def page(results: Results) -> str:
 
 def readme_table(results: Results) -> str:
     found, _ = quality_of(results, 100)
-    time, lora = (results.newest(name) for name in ("personalize_time", "training_time"))
+    time, lora = results.newest("personalize_time"), timed_whole(results)
     speed = results.newest("latency")
     drawn = results.newest("nulls", where=lambda r: "directions" in r)
     (other, *_), others = arms_of(results, SIZES[0])
@@ -186,9 +187,7 @@ def readme_table(results: Results) -> str:
             [
                 f"ours, check included, over LoRA-DPO on the same {lora['pairs']} pairs (r{cost['rank']}, "
                 f"{cost['epochs']} epochs)",
-                f"{percent(lora['ours_over_it'][LORA], 1)} of {cost['seconds']:.0f} s"
-                + (" (extrapolated)" if cost["extrapolated"] else "")
-                + f" ({cost['dtype']})",
+                f"{percent(lora['ours_over_it'][LORA], 1)} of {cost['seconds']:.0f} s ({cost['dtype']})",
             ],
             *one_user(lora),
             *beside_lora(results),
@@ -230,10 +229,8 @@ def readme_table(results: Results) -> str:
 
 
 def one_user(result: Result) -> list[list[str]]:
-    """The README's row on what was written after the trainings that were timed, where it was judged."""
-    answers = result.get("answers")
-    if not answers:
-        return []
+    """The README's row on what was written after the trainings that were timed."""
+    answers = result["answers"]
     cells = [
         f"{percent(found['win_rate'])} ({percent(found['win_ci'][0])} to {percent(found['win_ci'][1])}) at "
         f"{found['nll_ratio']:.2f} x"
@@ -250,7 +247,7 @@ def beside_lora(results: Results) -> list[list[str]]:
         return []
     pairs = max(row["pairs"] for row in result["rows"])
     found = result["summary"][f"pairs_{pairs}"]
-    arms = [found[arm] for arm in (LORA, AT_KL, OURS) if arm in found]
+    arms = [found[arm] for arm in (LORA, at_our_kl(LORA), OURS) if arm in found]
     said = ", ".join(f"{percent(row['win_rate'])} at {row['nll_ratio']:.2f} x" for row in arms)
     names = "a tuned LoRA-DPO, the same at our KL, and ours" if len(arms) == 3 else "a tuned LoRA-DPO and ours"
     return [[f"{names}{earlier(result)} from {pairs} pairs: win rate, NLL times the base's", said]]

@@ -9,7 +9,7 @@ from typing import Any
 from report_arms import arms_of
 from report_parts import mean, NoResult, OURS, Results
 from report_quality import curve_of, quality_of, SIZES
-from report_trained import AT_KL, LORA, PTUNING, tried_of
+from report_trained import at_our_kl, BIPO, LORA, PTUNING, tried_of
 
 
 def draw_all(results: Results, folder: Path) -> None:
@@ -76,10 +76,10 @@ def draw_arms(results: Results, folder: Path) -> None:
     """arms.svg: of every way that was measured, win rate over NLL, each person and the mean."""
     _, found = arms_of(results, SIZES[0])
     arms = {name: rows for name, rows in found.items() if name != OURS}
-    for method, names in ((LORA, (LORA, AT_KL)), (PTUNING, (PTUNING,))):
+    for method in (LORA, PTUNING, BIPO):
         with suppress(NoResult):
             tried = [row for row in tried_of(results, method)["rows"] if row["pairs"] == SIZES[0]]
-            arms |= {name: [row for row in tried if row["arm"] == name] for name in names}
+            arms |= {name: [row for row in tried if row["arm"] == name] for name in (method, at_our_kl(method))}
     arms = {name: rows for name, rows in arms.items() if rows}
     arms[OURS] = quality_of(results, SIZES[0])[1]
     plt = pyplot()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from report_parts import earlier, mean, percent, Result, Results, source, table
+from contextlib import suppress
+
+from report_parts import earlier, mean, NoResult, percent, Result, Results, source, table
+
+from edge_align.simulation.users import USERS
 
 SIZES = (100, 20)  # pairs
-FLIP = 0.25  # share of wrong verdicts
+FLIPS = (0.25, 0.1)  # shares of wrong verdicts
 COMBINED = "combined"  # the group of people whose tastes have three parts
+EVERY = ",".join(user.name for user in USERS)  # the eight attributes, as a run may name them
 CURVE = 4  # sizes at least that make a learning curve
 
 
@@ -29,7 +34,7 @@ def quality_of(
         options = result["options"]
         return (
             options.get("flip", 0.0) == flip
-            and options.get("users") == users
+            and (options.get("users") or EVERY) == (users or EVERY)
             and options.get("set", "test") == "test"
             and bool(options.get("skip")) == fresh
             and (before is None or (result["pack_hash"] == before["pack_hash"] and result["date"] < before["date"]))
@@ -141,9 +146,17 @@ def fresh_prompts(results: Results) -> str:
 
 
 def flipped(results: Results) -> str:
-    """What is left of the gain over one half when verdicts are wrong."""
+    """What is left of the gain over one half when verdicts are wrong, for each share of them that was measured."""
+    parts = [_flipped(results, FLIPS[0])]
+    for flip in FLIPS[1:]:
+        with suppress(NoResult):
+            parts.append(_flipped(results, flip))
+    return "\n\n".join(parts)
+
+
+def _flipped(results: Results, flip: float) -> str:
     size = SIZES[0]
-    result, rows = quality_of(results, size, flip=FLIP)
+    result, rows = quality_of(results, size, flip=flip)
     clean = {row["user"]: row for row in quality_of(results, size, before=result)[1]}
     pairs = [(clean[row["user"]], row) for row in rows]
     left = mean(row["win_rate"] - 0.5 for _, row in pairs) / mean(one["win_rate"] - 0.5 for one, _ in pairs)
@@ -157,8 +170,7 @@ def flipped(results: Results) -> str:
         ]
         for one, row in pairs
     ]
-    said = (
-        f"{size} pairs, {percent(FLIP)} of them the wrong way round. Of the gain over one half {percent(left)} is left."
-    )
+    said = f"**{size} pairs, {percent(flip)} of them the wrong way round.** "
+    said += f"Of the gain over one half {percent(left)} is left."
     text = table(["user", "win rate, all verdicts right", "with wrong ones", "gate p", "NLL"], body)
     return f"{said}\n\n{text}\n\n{source(result)}"

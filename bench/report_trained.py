@@ -1,22 +1,37 @@
-"""Sections of `report.py` on what trains through the base for every person: LoRA-DPO and P-tuning-DPO."""
+"""Sections of `report.py` on what trains through the base for every person: LoRA-DPO, P-tuning-DPO, BiPO."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from report_parts import mean, OURS, percent, Result, Results, source, table
 
-LORA, AT_KL, PTUNING = "LoRA-DPO", "LoRA-DPO at our KL", "P-tuning-DPO"
-SHORT = {LORA: "LoRA", AT_KL: "LoRA at our KL", PTUNING: "P-tuning", OURS: "ours"}
+LORA, PTUNING, BIPO = "LoRA-DPO", "P-tuning-DPO", "BiPO"
+RANK, SMALL = 16, 8  # of the LoRA; the other one that was tried
+
+
+def at_our_kl(method: str) -> str:
+    """The arm in which what was trained is scaled to the KL of ours."""
+    return f"{method} at our KL"
+
+
+SHORT = {LORA: "LoRA", PTUNING: "P-tuning", BIPO: "BiPO"}
+SHORT |= {at_our_kl(method): at_our_kl(name) for method, name in SHORT.items()} | {OURS: "ours"}
 
 
 def lora(results: Results) -> str:
     """LoRA-DPO, as it was trained and at the KL of ours, beside ours."""
     said = (
-        f'The LoRA (r16 on every linear map) has no KL budget as it is trained; in "{SHORT[AT_KL]}" its change of the '
-        "weights is scaled to the KL from the base that ours measures on the same base answers."
+        f'The LoRA (r{RANK} on every linear map) has no KL budget as it is trained; in "{SHORT[at_our_kl(LORA)]}" its '
+        "change of the weights is scaled to the KL from the base that ours measures on the same base answers."
     )
-    return _trained(results, LORA, said)
+    parts = [_trained(results, LORA, said)]
+    with suppress(LookupError):
+        parts.append(
+            _trained(results, LORA, f"A LoRA of half the rank (r{SMALL}), at the rate chosen for r{RANK}.", rank=SMALL)
+        )
+    return "\n\n".join(parts)
 
 
 def ptuning(results: Results) -> str:
@@ -24,12 +39,22 @@ def ptuning(results: Results) -> str:
     return _trained(results, PTUNING, "20 virtual tokens before the prompt, the outputs of a small trained network.")
 
 
-def _trained(results: Results, method: str, said: str) -> str:
+def bipo(results: Results) -> str:
+    """Steering vectors trained through the base beside ours."""
+    first, last = tried_of(results, BIPO)["settings"]["blocks"]
+    said = (
+        f"A vector for each of the blocks {first} to {last}, trained through the base as by BiPO (arXiv 2406.00045; "
+        f'one block there), as trained and, in "{SHORT[at_our_kl(BIPO)]}", scaled to the KL that ours measures.'
+    )
+    return _trained(results, BIPO, said)
+
+
+def _trained(results: Results, method: str, said: str, *, rank: int = RANK) -> str:
     """A method that trains through the base, tuned on validation people, beside ours by user."""
-    result = tried_of(results, method)
+    result = tried_of(results, method, rank=rank)
     tuned = results.newest("lora", where=lambda r: r["method"] == method and r["tuning"])
     rows, settings = result["rows"], result["settings"]
-    arms = [arm for arm in (method, AT_KL, OURS) if any(row["arm"] == arm for row in rows)]
+    arms = [arm for arm in (method, at_our_kl(method), OURS) if any(row["arm"] == arm for row in rows)]
     by = {(row["arm"], row["pairs"], row["user"]): row for row in rows}
     body = []
     for pairs in sorted({row["pairs"] for row in rows}, reverse=True):
@@ -74,11 +99,13 @@ def _beside(name: str, pairs: int, arms: Sequence[Result | None]) -> list[str]:
     return cells + ["" if row is None else f"{row[key]:.2f} x" for key in _COMPARED[1:] for row in arms]
 
 
-def tried_of(results: Results, method: str) -> Result:
-    """The newest comparison of a method with ours, and the numbers of pairs that only older ones of the same settings
-    have; `with`: those.
+def tried_of(results: Results, method: str, *, rank: int = RANK) -> Result:
+    """The newest comparison of a method (a LoRA: of this rank) with ours, and the numbers of pairs that only older ones
+    of the same settings have; `with`: those.
     """
-    newest, *older = results.newest_first("lora", where=lambda r: r["method"] == method)
+    newest, *older = results.newest_first(
+        "lora", where=lambda r: r["method"] == method and r["settings"].get("rank", rank) == rank
+    )
     merged = newest | {"with": []}
     for result in older:
         known = {row["pairs"] for row in merged["rows"]}
@@ -90,10 +117,18 @@ def tried_of(results: Results, method: str) -> Result:
     return merged
 
 
+def timed_whole(results: Results) -> Result:
+    """The newest timing that ran every training to its end and judged what came of it."""
+    return results.newest(
+        "training_time",
+        where=lambda r: "answers" in r and not any(cost["extrapolated"] for cost in r["trained"].values()),
+    )
+
+
 def training_time(results: Results) -> str:
     """What a new person costs each."""
-    result = results.newest("training_time")
-    answers = result.get("answers", {})
+    result = timed_whole(results)
+    answers = result["answers"]
     costs = [
         (OURS, f"{result['edge_align_sec']:.1f} s", "", result["edge_align_bytes"], result["edge_align_peak_rss_mb"])
     ]
@@ -112,6 +147,32 @@ def training_time(results: Results) -> str:
             rows[-1].append(f"{percent(found['win_rate'])} ({percent(low)} to {percent(high)})")
             rows[-1] += [f"{found['nll_ratio']:.2f} x", f"{found['distinct2_ratio']:.2f} x"]
     head = ["", "to learn", "ours over it", "bytes stored", "peak memory so far"]
-    head += [f"win rate on {result['prompts']} prompts", "NLL", "distinct-2"] if answers else []
+    head += [f"win rate on {result['prompts']} prompts", "NLL", "distinct-2"]
     said = f"Beside what trains through the base, on {result['pairs']} pairs of one user ({result['user']}):"
-    return f"{said}\n\n{table(head, rows)}\n\n{source(result)}"
+    parts = [f"{said}\n\n{table(head, rows)}\n\n{source(result)}"]
+    with suppress(LookupError):
+        parts.append(_cost_by_pairs(results))
+    return "\n\n".join(parts)
+
+
+def _cost_by_pairs(results: Results) -> str:
+    """The newest timing by stages at each number of pairs; NoResult while there is none."""
+    found = {r["pairs"]: r for r in reversed(results.newest_first("training_time", where=lambda r: "stages_sec" in r))}
+    methods = list(dict.fromkeys(name for r in found.values() for name in r["trained"]))
+    rows = []
+    for pairs, result in sorted(found.items()):
+        stages, encoder = result["stages_sec"], result["encoder"]
+        cells = [f"{pairs:,}", *(f"{stages[name]:.2f} s" for name in ("encode", "fit", "check"))]
+        cells += [f"{result['edge_align_sec']:.1f} s", f"{encoder['gflop']:,.0f}", f"{encoder['products_sec']:.2f} s"]
+        for name in methods:
+            cost = result["trained"].get(name)
+            note = " (extrapolated)" if cost and cost["extrapolated"] else ""
+            cells.append(f"{cost['seconds']:,.0f} s{note}: {percent(result['ours_over_it'][name], 1)}" if cost else "")
+        rows.append(cells)
+    head = ["pairs", "encode", "fit", "check of fluency", "ours", "GFLOP to encode", "these products alone"]
+    head += [f"{name}: ours over it" for name in methods]
+    said = (
+        "By the number of pairs; stages and sums are medians of runs before, between and after theirs. The "
+        "check costs as much for any number of pairs."
+    )
+    return f"{said}\n\n{table(head, rows)}\n\n" + "\n\n".join(source(result) for _, result in sorted(found.items()))

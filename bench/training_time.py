@@ -1,11 +1,13 @@
-"""LoRA-DPO and P-tuning-DPO against edge-align on the same 200 pairs of one user: seconds, memory, bytes, win rate.
+"""LoRA-DPO and P-tuning-DPO against edge-align on the same pairs of one user: seconds, memory, bytes, win rate.
 
     python bench/training_time.py --save              # theirs take minutes on two cores; kept when done
-    python bench/training_time.py --steps 4 --save    # their time extrapolated, and marked so
+    python bench/training_time.py --pairs 2000 --steps 10 --save    # their time extrapolated, and marked so
     python bench/training_time.py --trl --save        # and a LoRA trained by TRL's own DPOTrainer
 
 Theirs (`lora_dpo.py`, `trl_dpo.py`) train in the faster of bfloat16 and float32 here, and their loading time is left
-out while ours is counted; ours is timed before, between and after them. All answers come from one PyTorch engine; the
+out while ours is counted; ours is timed before, between and after them, stage by stage, beside the matrix products of
+its encoding alone. More pairs than there are answers for are what is there in another order of words: they cost the
+same, and nobody's answers are judged by them. All answers come from one PyTorch engine; the
 LoRA is merged into its weights. Peak memory is that of the process so far, so theirs are not below ours.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -34,12 +36,15 @@ from common import (
     timed,
 )
 from lora_dpo import applied, build_hf, fastest_dtype, kept_training, LoRA, PTuning, tokenized, train
+from personalize_time import matmul_floor
 from quality import judged, other_judges
 from rich.table import Table
 from safetensors.torch import load_file
 
 from edge_align.config import PersonalizeConfig
+from edge_align.features import MAX_TOKENS, N_BLOCKS
 from edge_align.records import PreferencePair
+from edge_align.runtime.torch_ref import fastest, LlamaReference
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import user
 
@@ -55,24 +60,32 @@ def run(bench: Bench) -> dict[str, Any]:
         args.trl = True
     who = user(args.user)
     pairs = short_pairs(bench, who, n=args.pairs, tokens=args.tokens)
-    seconds, profile = timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))
-    ours, memory = [seconds], peak_mb()
+    real, pairs = len(pairs), reordered(pairs, args.pairs)
+    profiles = [learn_profile(bench, pairs, kl_budget=args.kl_budget)]
+    memory = peak_mb()
     trained, adapters = {}, {}
     for name, settings in (METHODS | ({BY_TRL: LoRA()} if args.trl else {})).items():
         trained[name], adapters[name] = train_other(bench, pairs, settings, by_trl=name == BY_TRL)
-        ours.append(timed(lambda: learn_profile(bench, pairs, kl_budget=args.kl_budget))[0])
+        profiles.append(learn_profile(bench, pairs, kl_budget=args.kl_budget))
+    profile, ours = profiles[0], [sum(each.stages_sec.values()) for each in profiles]
     found = {
         "user": who.name,
         "pairs": len(pairs),
         "edge_align_sec": float(np.median(ours)),
         "edge_align_runs_sec": ours,
+        "stages_sec": {
+            stage: float(np.median([each.stages_sec[stage] for each in profiles])) for stage in profile.stages_sec
+        },
+        "encoder": encoder_floor(bench, pairs),
         "edge_align_bytes": sum(array.nbytes for array in profile.encoder.to_tensors().values()),
         "edge_align_peak_rss_mb": memory,
         "trained": trained,
         "ours_over_it": {name: float(np.median(ours)) / cost["seconds"] for name, cost in trained.items()},
     }
-    if not args.no_answers:
+    if not args.no_answers and real == len(pairs):
         found |= compare(bench, profile.encoder, adapters)
+    stages = ", ".join(f"{stage} {value:.2f} s" for stage, value in found["stages_sec"].items())
+    console.print(f"{OURS}: {stages}; the encoder's matrix products alone {found['encoder']['products_sec']:.2f} s")
     table = Table("", "seconds", "bytes", "win rate", "nll x", "dist-2")
     costs = {OURS: (found["edge_align_sec"], found["edge_align_bytes"], False)}
     costs |= {name: (cost["seconds"], cost["stored_bytes"], cost["extrapolated"]) for name, cost in trained.items()}
@@ -83,6 +96,39 @@ def run(bench: Bench) -> dict[str, Any]:
         table.add_row(name, f"{sec:.2f}{note}", f"{stored:,}", *(f"{value:.3f}" for value in told))
     console.print(table)
     return found
+
+
+def reordered(pairs: list[PreferencePair], n: int) -> list[PreferencePair]:
+    """`n` pairs of the same lengths, no text twice: those there are, then the same with their words turned round."""
+
+    def turned(text: str, by: int) -> str:
+        words = text.split(" ")
+        return " ".join(words[by % len(words) :] + words[: by % len(words)])
+
+    return [
+        replace(pair, chosen=turned(pair.chosen, turn), rejected=turned(pair.rejected, turn))
+        for turn in range(-(-n // len(pairs)))
+        for pair in pairs
+    ][:n]
+
+
+def encoder_floor(bench: Bench, pairs: Sequence[PreferencePair]) -> dict[str, float]:
+    """What encoding the answers of `pairs` cannot do without: products, their seconds here, weights it reads once."""
+    texts = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
+    lengths = sorted(min(MAX_TOKENS, len(bench.backend.tokenize(text))) for text in texts)
+    dtype = fastest()[1]
+    model = LlamaReference(bench.base.path, n_layer=N_BLOCKS, dtype=dtype)
+    weights = sum(w.numel() for block in model.blocks for w in (block.qkv, block.out, block.gate_up, block.down))
+    work = matmul_floor(bench, lengths, dtype)
+    work()  # the first is a warm-up
+    seconds, _ = timed(work)
+    return {
+        "answers": len(texts),
+        "tokens": sum(lengths),
+        "gflop": 2e-9 * weights * sum(lengths),
+        "products_sec": seconds,
+        "weight_bytes": weights * dtype.itemsize,
+    }
 
 
 def peak_mb() -> float:

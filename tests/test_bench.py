@@ -70,6 +70,7 @@ def bench() -> Iterator[dict[str, ModuleType]]:
         "slots",
         "lora_dpo",
         "trl_dpo",
+        "training_time",
     )
     before = list(sys.path)
     sys.path.insert(0, str(BENCH))
@@ -165,17 +166,38 @@ def test_learning_is_timed_stage_by_stage_and_as_a_whole(workplace: tuple[str, .
         assert found["check"] > 0 and found["floor"] > 0
 
 
+def test_a_new_person_is_timed_stage_by_stage_beside_what_trains_through_the_base(
+    tiny_workplace: tuple[str, ...],
+) -> None:
+    found = run("training_time.py", *tiny_workplace, "--user", "short")
+    assert found["pairs"] == 8 and len(found["edge_align_runs_sec"]) == 4
+    assert found["stages_sec"].keys() == {"encode", "fit", "calibrate", "check"}
+    assert max(found["stages_sec"].values()) < found["edge_align_sec"]
+    weights = found["encoder"]["weight_bytes"] / (2 if found["machine"]["bf16"] else 4)
+    assert found["encoder"]["gflop"] == pytest.approx(2e-9 * weights * found["encoder"]["tokens"])
+    assert found["ours_over_it"].keys() == {"LoRA-DPO", "P-tuning-DPO", "LoRA-DPO by TRL"}
+    assert found["answers"]["edge-align"]["nll"] > 0
+
+
+def test_more_pairs_than_there_are_keep_their_lengths_and_repeat_no_text(bench: dict[str, ModuleType]) -> None:
+    from edge_align.records import PreferencePair, user_prompt
+
+    pairs = [PreferencePair(user_prompt("?"), "a b c", "d e f g"), PreferencePair(user_prompt("!"), "h i j", "k l m")]
+    made = bench["training_time"].reordered(pairs, 5)
+    assert made[:2] == pairs and [pair.chosen for pair in made] == ["a b c", "h i j", "b c a", "i j h", "c a b"]
+    assert len({pair.rejected for pair in made}) == 5
+
+
 def test_what_people_would_use_instead_is_judged_beside_ours(workplace: tuple[str, ...]) -> None:
-    rows = run("arms.py", *workplace, "--users", "short", "--bipo", "1e-2")["rows"]
+    rows = run("arms.py", *workplace, "--users", "short")["rows"]
     assert [row["arm"] for row in rows] == [
         "written preference",
         "three pairs in the prompt",
         "mean-difference vector",
-        "trained vectors (BiPO)",
         "edge-align",
         "edge-align + written preference",
     ]
-    ours = rows[4]
+    ours = rows[3]
     assert ours["ours_over_it"] == 0.5 and ours["prompt_tokens"] == 0  # against itself every question is a tie
     assert rows[1]["prompt_tokens"] > 20 and rows[1]["prompt_tokens"] > rows[0]["prompt_tokens"]
     assert all(0 <= row["win_rate"] <= 1 and row["nll"] > 0 for row in rows)
@@ -431,14 +453,26 @@ def test_trained_vectors_raise_what_was_chosen_and_lower_it_when_they_are_turned
 
     bipo, model = bench["bipo"], LlamaReference(write_gguf(tmp_path / "tiny.gguf", "llama"))
     rows = random_rows(0)
-    layers = range(1, model.shape.n_layer)
-    vectors = bipo.train(model, rows, layers, bipo.Bipo(learning_rate=0.05, epochs=10), seed=0)
+    settings = bipo.Bipo(learning_rate=0.05, epochs=10, blocks=(1, 99))
+    cost, adapter = bipo.train(model, rows, settings, seed=0)
+    vectors = adapter["vectors"].numpy()
 
     assert log_odds(model, rows, vectors) > log_odds(model, rows) + 0.5
     assert log_odds(model, rows, -vectors) < log_odds(model, rows) - 0.5
-    assert not vectors[0].any() and np.array_equal(
-        vectors, bipo.train(model, rows, layers, bipo.Bipo(learning_rate=0.05, epochs=10), seed=0)
+    assert not vectors[0].any() and torch.equal(
+        bipo.train(model, rows, settings, seed=0)[1]["vectors"], adapter["vectors"]
     )
+    assert cost["last_loss"] < cost["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert cost["stored_bytes"] == 2 * (model.n_layer - 1) * model.shape.d_model and cost["steps"] == 20
+
+
+def test_vectors_trained_for_a_person_are_judged_as_they_are_and_at_the_kl_of_ours(workplace: tuple[str, ...]) -> None:
+    document = run("lora.py", *workplace, "--method", "bipo", "--dtype", "fp32")
+    theirs, ours, scaled = document["rows"]
+    assert [theirs["arm"], ours["arm"], scaled["arm"]] == ["BiPO", "edge-align", "BiPO at our KL"]
+    assert theirs["strength"] == 1.0 and scaled["kl"] == pytest.approx(ours["kl"], rel=0.1)
+    assert theirs["stored_bytes"] == 14 * 576 * 2 > ours["stored_bytes"]
+    assert document["settings"]["blocks"] == [8, 21]
 
 
 def test_a_saved_document_never_replaces_another(
