@@ -1,4 +1,4 @@
-"""What steering costs while decoding: speed, profile switch, time to first token, memory.
+"""What steering costs while decoding: speed, profile switch, time to the first token and per token, memory.
 
     python bench/latency.py --save
 
@@ -9,13 +9,15 @@ package, prompt included. The bare loop is llama_decode and the native sampler, 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,10 +30,13 @@ from rich.table import Table
 from edge_align.config import SamplingConfig
 from edge_align.errors import EdgeAlignError
 from edge_align.records import join_chunks, SteeringVectors, user_prompt
+from edge_align.runtime.base import Backend
 from edge_align.runtime.llama_native import NativeContext
-from edge_align.speed import first_token, interleaved, interval, paired_ratio, PROMPT
+from edge_align.runtime.onnx import OnnxBackend
+from edge_align.speed import at_length, interleaved, interval, paired_ratio, PROMPT, TOKENS
 
 TTFT_LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
+RESIDENT = (16, 128)  # profiles held at once, between two of which is switched each time
 DRIVER = """
 import atexit, json, re, sys
 def report():
@@ -50,18 +55,32 @@ def run(bench: Bench) -> dict[str, Any]:
     args = bench.args
     if args.quick:
         args.runs, args.tokens, args.switches, args.ttft_runs, args.arm_runs = 2, 8, 2, 1, 1
+    bench.runtime = replace(bench.runtime, n_ctx=TTFT_LENGTHS[-1] + TOKENS)
     z = random_latent(bench, 1)
     vectors = bench.pack.decode(z)
     found = {"tokens": args.tokens, "runs": args.runs, **decoding(bench, vectors)}
-    found["switch"] = switching(bench, vectors)
-    lengths = TTFT_LENGTHS[:2] if args.quick else TTFT_LENGTHS
-    found["ttft"] = [asdict(first_token(bench.backend, vectors, n, runs=args.ttft_runs)) for n in lengths]
+    found["switch"], *more = [switching(bench, vectors, n) for n in (2, *RESIDENT)]
+    found["resident"] = more
+    found["ttft"] = by_length(bench.backend, vectors, args)
+    if args.export:
+        with OnnxBackend.open(Path(args.export), config=bench.runtime) as onnx:
+            found["ttft_onnx"] = by_length(onnx, vectors, args)
     found["instead"] = instead(bench, vectors)
     found["memory"] = memory(bench, z)
     for name in ("steered_over_base", "ours_over_bare", "switch", "memory"):
         console.print(name, found[name])
     show(found["instead"])
     return found
+
+
+def by_length(backend: Backend, vectors: SteeringVectors, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time to the first token and per token after it, steered and not, for prompts of each length."""
+    lengths, rows = TTFT_LENGTHS[:2] if args.quick else TTFT_LENGTHS, []
+    with progress(f"prompts, {backend.info.name}", len(lengths)) as tell:
+        for n in lengths:
+            rows.append(asdict(at_length(backend, vectors, n, runs=args.ttft_runs)))
+            tell(len(rows))
+    return rows
 
 
 def show(found: dict[str, Any]) -> None:
@@ -113,11 +132,14 @@ def rounds(arms: dict[str, Callable[[], float]], runs: int) -> dict[str, list[fl
 
 
 # -- switching profiles --------------------------------------------------------------------------------------------
-def switching(bench: Bench, vectors: SteeringVectors) -> dict[str, float]:
-    """Milliseconds to set another profile's vectors, and what the next token then costs more than the one after."""
+def switching(bench: Bench, vectors: SteeringVectors, n: int) -> dict[str, float]:
+    """Milliseconds to set another of `n` profiles' vectors, and what the next token then costs more than the one after.
+
+    `bytes`: what the vectors of all of them take.
+    """
     backend = bench.backend
     context = NativeContext(backend._model, n_ctx=2048, n_batch=64, n_threads=bench.runtime.n_threads)
-    both = (vectors, vectors.scaled(1.1))
+    held = [vectors.scaled(1.0 + 0.1 * i / n) for i in range(n)]
     position = 0
 
     def step() -> float:
@@ -132,7 +154,7 @@ def switching(bench: Bench, vectors: SteeringVectors) -> dict[str, float]:
     sets, extras = [], []
     for i in range(bench.args.switches + 1):
         start = time.perf_counter()
-        context.set_vectors(both[i % 2])
+        context.set_vectors(held[i % n])
         set_ms = (time.perf_counter() - start) * 1e3
         first, then = step(), median([step(), step(), step()])
         if i:
@@ -142,6 +164,8 @@ def switching(bench: Bench, vectors: SteeringVectors) -> dict[str, float]:
     total = np.array(sets) + np.array(extras)
     low, high = interval(total)
     return {
+        "profiles": n,
+        "bytes": sum(each.array.nbytes for each in held),
         "set_ms": median(sets),
         "next_token_extra_ms": median(extras),
         "total_ms": float(np.median(total)),
@@ -173,5 +197,6 @@ if __name__ == "__main__":
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy in all arms")
     p.add_argument("--switches", type=int, default=60)
     p.add_argument("--arm-runs", type=int, default=15, help="of what people would use instead")
-    p.add_argument("--ttft-runs", type=int, default=11)
+    p.add_argument("--ttft-runs", type=int, default=11, help="of prompts of each length")
+    p.add_argument("--export", help="folder that `edge-align export onnx` made: prompts of each length there too")
     main(run, p.parse_args(), __file__)

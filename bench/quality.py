@@ -104,14 +104,21 @@ def judge_profile(bench: Bench, who: User, profile: Profile, unseen: list[str], 
 def judged(
     bench: Bench, who: User, unseen: list[str], ours: list[Answer], base: list[Answer], second: Judge | None
 ) -> dict[str, Any]:
-    """What is said of any answers beside the base's: who wins, how likely they are under the base, how they vary."""
+    """What is said of any answers beside the base's: who wins, how likely they are under the base, how they vary.
+
+    score: the judge's, mean over the answers; score_base_sd: of the base's answers among each other, its unit.
+    """
     texts, base_texts = [answer.text for answer in ours], [answer.text for answer in base]
-    won = wins(who.judge, texts, base_texts)
+    won, scores = wins(who.judge, texts, base_texts), [who.judge(text) for text in texts]
+    base_scores = [who.judge(text) for text in base_texts]
     low, high = bootstrap_interval(won, rng=np.random.default_rng(0))
     nll, nll_base = nll_under_base(bench, unseen, ours), nll_under_base(bench, unseen, base)
     return {
         "win_rate": won.mean(),
         "win_ci": [low, high],
+        "score": np.mean(scores),
+        "score_base": np.mean(base_scores),
+        "score_base_sd": np.std(base_scores),
         "second_win_rate": None if second is None else wins(second, texts, base_texts).mean(),
         "nll": nll,
         "nll_ratio": nll / nll_base,

@@ -19,20 +19,18 @@ def latency(results: Results) -> str:
             "switching profile: setting it and what the next token then costs more",
             f"{result['switch']['total_ms']:.1f} ms",
         ],
+        *(
+            [
+                f"the same among {row['profiles']} resident profiles, whose vectors take {row['bytes'] / 1e6:.1f} MB",
+                f"{row['total_ms']:.1f} ms",
+            ]
+            for row in result.get("resident", ())
+        ),
         ["memory of `generate`, 2,048 tokens of context", f"{result['memory']['peak_rss_mb']:.0f} MB"],
     ]
     if result.get("joules_per_token"):
         said = ", ".join(f"{name} {value:.2f} J" for name, value in result["joules_per_token"].items())
         rows.append(["energy per token, whole package", said])
-    first = [
-        [
-            str(row["prompt_tokens"]),
-            f"{1000 * row['base_sec']:.0f} ms",
-            f"{1000 * row['personal_sec']:.0f} ms",
-            ratio(row["ratio"]),
-        ]
-        for row in result["ttft"]
-    ]
     speed = result["tokens_per_sec"]
     said = f"llama.cpp, {result['runs']} interleaved runs of {result['tokens']} tokens, medians with 95 % intervals; "
     said += ", ".join(f"{name} {value:.0f}" for name, value in speed.items()) + " tokens per second."
@@ -40,12 +38,29 @@ def latency(results: Results) -> str:
         [
             said,
             table(["", "median (95 % interval)"], rows),
-            table(["prompt tokens", "first token, base", "personal", "ratio"], first),
+            _by_length(result["ttft"]),
+            *([f"ONNX Runtime:\n\n{_by_length(result['ttft_onnx'])}"] if "ttft_onnx" in result else []),
             *([instead(result["instead"])] if "instead" in result else []),
             source(result),
             *map(_onnx, results.by_processor("onnx_latency")),
         ]
     )
+
+
+def _by_length(rows: list[Result]) -> str:
+    """Time to the first token, and per token after it where that was measured, by the length of the prompt."""
+    head = ["prompt tokens", "first token, base", "personal", "ratio"]
+    body = [[str(row["prompt_tokens"]), *_both(row["base_sec"], row["personal_sec"], row["ratio"])] for row in rows]
+    later = [row.get("per_token") for row in rows]
+    if all(later):
+        head += ["each after it, base", "personal", "ratio"]
+        for cells, row in zip(body, later, strict=True):
+            cells += _both(row["base_sec"], row["personal_sec"], row["ratio"], digits=1)
+    return table(head, body)
+
+
+def _both(base: float, personal: float, over: Result, *, digits: int = 0) -> list[str]:
+    return [f"{1000 * base:.{digits}f} ms", f"{1000 * personal:.{digits}f} ms", ratio(over)]
 
 
 def _onnx(onnx: Result) -> str:
@@ -139,6 +154,22 @@ def _against(found: Result) -> list[list[str]]:
     return rows
 
 
+def _arrivals(found: Result) -> list[list[str]]:
+    names = {"ours": f"edge-align, {found['profiles']} profiles", "theirs": "llama-cpp-python's server, base"}
+    return [
+        [
+            f"{row['per_sec']:g} requests a second come in, {row['requests']} in all; {names[name]}: first token, and "
+            "whole answer, median, 95th and 99th percentile",
+            ", ".join(f"{seconds:.2f}" for seconds in spread["ttft_sec"].values())
+            + " s; "
+            + ", ".join(f"{seconds:.2f}" for seconds in spread["answer_sec"].values())
+            + " s",
+        ]
+        for row in found["rows"]
+        for name, spread in row["servers"].items()
+    ]
+
+
 def _prefix(found: Result) -> list[list[str]]:
     name = (
         f"first token of a second profile on a system prompt of {found['prompt_tokens']:.0f} tokens, over the first's"
@@ -176,6 +207,7 @@ def _soak(found: Result) -> list[list[str]]:
 SERVER_PARTS: tuple[tuple[str, str, Callable[[Result], list[list[str]]]], ...] = (
     ("start", "", _start),
     ("against", "", _against),
+    ("arrivals", "", _arrivals),
     ("prefix", "", _prefix),
     ("equality", "llamacpp", _equality),
     ("equality", "onnx", _equality),

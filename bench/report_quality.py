@@ -93,6 +93,10 @@ def judged(result: Result, rows: list[Result]) -> str:
     )
     head = ["user", "win rate", "by a second judge", "NLL", "distinct-2", "tokens (base)", "gate p"]
     head.append("predicted / measured KL at strength " + ", ".join(str(kl["strength"]) for kl in rows[0]["kl"]))
+    if all("score" in row for row in rows):
+        head.append("judge's score over the base's, in its standard deviations")
+        for cells, row in zip(body, [*rows, None], strict=True):
+            cells.append("" if row is None else f"{(row['score'] - row['score_base']) / row['score_base_sd']:+.2f}")
     title = f"**{rows[0]['pairs']} pairs, {result['prompts']} unseen prompts**"
     return f"{title}\n\n{table(head, body)}\n\n{source(result)}"
 

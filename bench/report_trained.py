@@ -76,7 +76,7 @@ def _trained(results: Results, method: str, said: str, *, rank: int = RANK) -> s
         f" Win rates on {result['prompts']} unseen prompts, the same pairs, one PyTorch engine; beta "
         f"{settings['beta']}, {settings['epochs']} epochs. The learning rate did best on {len(tuners)} validation "
         f"{'person' if len(tuners) == 1 else 'people'} among those within 1.25 x the base's NLL ({tried}): "
-        f"{settings['learning_rate']:g}. Trained on "
+        f"{settings['learning_rate']:g}; {tuned['tuning_sec'] / 60:.0f} minutes of training to find it. Trained on "
         f"{', '.join(sorted({row['trained_on'] for row in rows if row['arm'] != OURS}))}. "
         f"Stored: {stored[0]:,.0f} bytes a person, ours {stored[1]:,.0f}."
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -26,7 +26,7 @@ from common import (
     random_latent,
     save_latent,
 )
-from serving import Body, chat, edge_align, llama_cpp_server, load, questions, Reply
+from serving import arriving, Body, chat, edge_align, llama_cpp_server, load, questions, Reply, Server
 from serving_learning import learning, NAME, person
 from serving_soak import soak
 
@@ -41,6 +41,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if args.quick:
         args.requests, args.rounds, args.clients, args.tokens = 4, 1, 2, 4
         args.repeats, args.refits, args.window, args.streams, args.stream_tokens = 1, 1, 1.0, "1", 24
+        args.rates, args.arrivals = "2", 4
         args.soak_requests, args.verdicts, args.prompts, args.max_tokens = 20, 8, 2, 8
     found = {}
     for part in PARTS if args.part == "all" else [args.part]:
@@ -49,8 +50,8 @@ def run(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"p50": float(np.quantile(values, 0.5)), "p95": float(np.quantile(values, 0.95))}
+def spread(values: Sequence[float], *, to: Sequence[float] = (0.5, 0.95)) -> dict[str, float]:
+    return {f"p{round(100 * q)}": float(np.quantile(values, q)) for q in to}
 
 
 # -- the same answers, with and without profiles ---------------------------------------------------------------------
@@ -146,6 +147,58 @@ def against(bench: Bench) -> dict[str, Any]:
     return {"tokens": args.tokens, "rows": rows}
 
 
+# -- requests that wait for nobody -----------------------------------------------------------------------------------
+def arrivals(bench: Bench) -> dict[str, Any]:
+    """Open loop: requests come in by chance, so many a second in the mean, ours over four profiles, theirs on the base.
+
+    Both get the same questions at the same moments, --rounds times in alternating order.
+    """
+    args, asked, rows = bench.args, questions(), []
+    names = [f"taste-{i}" for i in range(4)]
+    with fresh_home(bench) as home:
+        for i, name in enumerate(names):
+            save_latent(bench, home, name, random_latent(bench, i))
+        with (
+            edge_align(bench, home, "--no-profile", "--learn", "off") as ours,
+            llama_cpp_server(bench) as theirs,
+        ):
+            servers = {"ours": ours.ready(), "theirs": theirs.ready("/v1/models")}
+            for server in servers.values():
+                load(server, [chat(next(asked), tokens=args.tokens)], 1)
+            for rate in [float(rate) for rate in args.rates.split(",")]:
+                rows.append(one_rate(bench, servers, rate, names, asked))
+    return {"tokens": args.tokens, "profiles": len(names), "rows": rows}
+
+
+def one_rate(
+    bench: Bench, servers: dict[str, Server], rate: float, names: Sequence[str], asked: Iterator[str]
+) -> dict[str, Any]:
+    """Percentiles of both servers' times to the first token and to the end of an answer."""
+    args, rng = bench.args, np.random.default_rng(bench.args.seed)
+    replies: dict[str, list[Reply]] = {name: [] for name in servers}
+    with progress(f"{rate:g} a second", args.rounds) as tell:
+        for i in range(args.rounds):
+            moments = np.cumsum(rng.exponential(1.0 / rate, args.arrivals // args.rounds)).tolist()
+            bodies = [chat(next(asked), tokens=args.tokens) for _ in moments]
+            steered = [body | {"steering": {"profile": names[j % len(names)]}} for j, body in enumerate(bodies)]
+            for name in list(servers)[:: -1 if i % 2 else 1]:
+                replies[name] += arriving(servers[name], steered if name == "ours" else bodies, moments)
+            tell(i + 1)
+    percentiles = (0.5, 0.95, 0.99)
+    return {
+        "per_sec": rate,
+        "requests": len(replies["ours"]),
+        "errors": sum(not reply.ok for told in replies.values() for reply in told),
+        "servers": {
+            name: {
+                "ttft_sec": spread([reply.ttft_sec for reply in told], to=percentiles),
+                "answer_sec": spread([reply.end - reply.start for reply in told], to=percentiles),
+            }
+            for name, told in replies.items()
+        },
+    }
+
+
 # -- a shared system prompt --------------------------------------------------------------------------------------------
 def prefix(bench: Bench) -> dict[str, Any]:
     """Time to first token of a profile whose long system prompt another profile's answer has had before."""
@@ -221,7 +274,7 @@ def start(bench: Bench) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    part.__name__: part for part in (equality, against, prefix, learning, start, soak, person)
+    part.__name__: part for part in (equality, against, arrivals, prefix, learning, start, soak, person)
 }
 
 if __name__ == "__main__":
@@ -229,8 +282,10 @@ if __name__ == "__main__":
     p.add_argument("--part", default="all", choices=[*PARTS, "all"])
     p.add_argument("--clients", type=int, default=8, help="at once, in equality, soak and person")
     p.add_argument("--requests", type=int, default=200, help="of equality")
-    p.add_argument("--rounds", type=int, default=10, help="interleaved, of equality and against")
+    p.add_argument("--rounds", type=int, default=10, help="interleaved, of equality, against and arrivals")
     p.add_argument("--tokens", type=int, default=48, help="decoded per answer in equality and against")
+    p.add_argument("--rates", default="0.5,1", help="of arrivals: requests a second, in the mean")
+    p.add_argument("--arrivals", type=int, default=60, help="requests at each of these rates")
     p.add_argument("--repeats", type=int, default=10, help="of prefix and start")
     p.add_argument("--streams", default="1,4", help="running answers in learning")
     p.add_argument("--stream-tokens", type=int, default=96, help="decoded per answer in learning")

@@ -189,6 +189,18 @@ def load(server: Server, bodies: Sequence[Body], clients: int) -> tuple[float, l
         return time.perf_counter() - start, replies
 
 
+def arriving(server: Server, bodies: Sequence[Body], offsets: Sequence[float]) -> list[Reply]:
+    """The answers to requests that come in `offsets` seconds from now, whatever has been answered by then."""
+    start = time.perf_counter()
+
+    def client(body: Body, offset: float) -> Reply:
+        time.sleep(max(0.0, start + offset - time.perf_counter()))
+        return server.stream(body)
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(client, bodies, offsets))
+
+
 @contextmanager
 def streaming(server: Server, bodies: Iterator[Body], clients: int) -> Iterator[list[tuple[Body, Reply]]]:
     """Clients that ask without a pause while the block runs; when it has ended, the list holds all they were told."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from edge_align.config import SamplingConfig
 from edge_align.records import GenerationChunk, GenerationStats, join_chunks, SteeringVectors, user_prompt
 from edge_align.runtime.base import Backend
 
+TOKENS = 16  # of an answer to a prompt of a given length
 PROMPT = "Write a long and detailed essay about the history of bread."
 
+T = TypeVar("T")
 Tell = Callable[[float], None]
-Arms = Mapping[str, Callable[[], float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,26 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstToken:
-    """Seconds to the first token of a prompt of which nothing is cached, medians."""
+class PerToken:
+    """Seconds per token after the first (TPOT), medians."""
+
+    base_sec: float
+    personal_sec: float
+    ratio: Ratio
+
+
+@dataclass(frozen=True, slots=True)
+class AtLength:
+    """Seconds to the first token (TTFT) of prompts of one length of which nothing is cached, medians.
+
+    per_token: None where answers ended too soon.
+    """
 
     prompt_tokens: int
     base_sec: float
     personal_sec: float
     ratio: Ratio
+    per_token: PerToken | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +64,14 @@ class Latency:
     base_tps: float
     personal_tps: float
     personal_over_base: Ratio
-    first_token: tuple[FirstToken, ...]
+    first_token: tuple[AtLength, ...]
 
 
-def interleaved(arms: Arms, runs: int, *, tell: Tell = lambda _done: None) -> dict[str, list[float]]:
+def interleaved(
+    arms: Mapping[str, Callable[[], T]], runs: int, *, tell: Tell = lambda _done: None
+) -> dict[str, list[T]]:
     """What each arm returns over `runs` rounds, in alternating order; a first round is a warm-up and not kept."""
-    found: dict[str, list[float]] = {name: [] for name in arms}
+    found: dict[str, list[T]] = {name: [] for name in arms}
     for i in range(runs + 1):
         for name in list(arms)[:: 1 if i % 2 else -1]:
             value = arms[name]()
@@ -93,27 +110,33 @@ def _stats(answer: Iterable[GenerationChunk]) -> GenerationStats:
     return stats
 
 
-def first_token(
-    backend: Backend, vectors: SteeringVectors, prompt_tokens: int, *, runs: int, tell: Tell = lambda _done: None
-) -> FirstToken:
-    """Time prompts of random words that share nothing with what is cached. Raises ContextOverflow."""
+def at_length(
+    backend: Backend, vectors: SteeringVectors, prompt_tokens: int, *, runs: int, tokens: int = TOKENS
+) -> AtLength:
+    """Time prompts of random words that share nothing with what is cached, and `tokens` of their answers.
+
+    Raises ContextOverflow.
+    """
     rng = np.random.default_rng(prompt_tokens)
     low, high = backend.info.n_vocab // 50, backend.info.n_vocab * 4 // 5  # neither control tokens nor the rarest
 
-    def seconds(steered: SteeringVectors | None) -> float:
+    def one(steered: SteeringVectors | None) -> GenerationStats:
         prompt = rng.integers(low, high, prompt_tokens).tolist()
-        answer = backend.generate(prompt, vectors=steered, sampling=SamplingConfig(max_tokens=1, temperature=0.0))
-        return _stats(answer).ttft_sec
+        sampling = SamplingConfig(max_tokens=tokens, temperature=0.0)
+        return _stats(backend.generate(prompt, vectors=steered, sampling=sampling))
 
-    found = interleaved({"base": lambda: seconds(None), "personal": lambda: seconds(vectors)}, runs, tell=tell)
-    ratio = paired_ratio(found["personal"], found["base"])
-    return FirstToken(prompt_tokens, median(found["base"]), median(found["personal"]), ratio)
+    found = interleaved({"base": lambda: one(None), "personal": lambda: one(vectors)}, runs)
+    base, personal = ([stats.ttft_sec for stats in found[name]] for name in ("base", "personal"))
+    rates = [(a.generation_tps, b.generation_tps) for a, b in zip(found["base"], found["personal"], strict=True)]
+    each = [[1.0 / rate for rate in arm] for arm in zip(*(pair for pair in rates if min(pair) > 0), strict=True)]
+    later = PerToken(median(each[0]), median(each[1]), paired_ratio(each[1], each[0])) if each else None
+    return AtLength(prompt_tokens, median(base), median(personal), paired_ratio(personal, base), later)
 
 
 def measure_latency(
     backend: Backend, *, runs: int, tokens: int, prompt_tokens: Sequence[int], tell: Callable[[str, float], None]
 ) -> Latency:
-    """Answer one prompt greedily `runs` times each way, then time first tokens.
+    """Answer one prompt greedily `runs` times each way, then prompts of each length.
 
     Raises BackendError, ContextOverflow.
     """
@@ -123,11 +146,11 @@ def measure_latency(
     def speed(steered: SteeringVectors | None) -> float:
         return _stats(backend.generate(prompt, vectors=steered, sampling=sampling)).generation_tps
 
-    arms: Arms = {"base": lambda: speed(None), "personal": lambda: speed(vectors)}
+    arms = {"base": lambda: speed(None), "personal": lambda: speed(vectors)}
     found = interleaved(arms, runs, tell=lambda done: tell("decode", done))
     first = []
     for n in prompt_tokens:
-        first.append(first_token(backend, vectors, n, runs=runs))
+        first.append(at_length(backend, vectors, n, runs=runs))
         tell("first token", len(first) / len(prompt_tokens))
     return Latency(
         base_tps=median(found["base"]),

@@ -5,7 +5,7 @@ import pytest
 
 from edge_align.runtime.fake import FakeBackend
 from edge_align.speed import (
-    first_token,
+    at_length,
     interleaved,
     interval,
     measure_latency,
@@ -49,7 +49,15 @@ def test_latency_of_an_engine_runs_each_arm_as_often_and_with_vectors_that_do_no
         assert [row.prompt_tokens for row in found.first_token] == [4, 9]
         assert found.base_tps > 0 and found.personal_tps > 0 and found.personal_over_base.ci_low > 0
         assert stages[-1] == ("first token", 1.0) and ("decode", 1.0) in stages
-        assert first_token(backend, vectors, 5, runs=2).base_sec > 0
+        row = at_length(backend, vectors, 5, runs=2)
+        assert row.base_sec > 0 and row.per_token.base_sec > 0
+        assert row.per_token.ratio.ci_low <= row.per_token.ratio.median <= row.per_token.ratio.ci_high
+
+
+def test_an_answer_of_one_token_has_no_time_per_token_after_it():
+    with FakeBackend() as backend:
+        row = at_length(backend, some_vectors(backend), 5, runs=2, tokens=1)
+    assert row.base_sec > 0 and row.per_token is None
 
 
 def test_stages_are_timed_in_their_order_and_after_a_warm_up():

@@ -62,13 +62,13 @@ def latency(app: App, model: str | None, engine: str | None, runs: int, tokens: 
         ("", f"with a profile over without: {_interval(asdict(found.personal_over_base))}"),
     ]
     for row in found.first_token:
-        facts.append(
-            (
-                "First token",
-                f"{1000 * row.base_sec:.0f} ms after {plural(row.prompt_tokens, 'token')}, with a profile "
-                f"{1000 * row.personal_sec:.0f} ms; {_interval(asdict(row.ratio))}",
-            )
-        )
+        said = f"{1000 * row.base_sec:.0f} ms after {plural(row.prompt_tokens, 'token')}, with a profile "
+        said += f"{1000 * row.personal_sec:.0f} ms; {_interval(asdict(row.ratio))}"
+        facts.append(("First token", said))
+        if row.per_token is not None:
+            said = f"then {1000 * row.per_token.base_sec:.1f} ms a token, with a profile "
+            said += f"{1000 * row.per_token.personal_sec:.1f} ms; {_interval(asdict(row.per_token.ratio))}"
+            facts.append(("", said))
     show_facts(facts)
 
 

@@ -28,7 +28,7 @@ def test_latency_says_how_fast_and_against_what(run, fake_engine):
     assert found["personal_over_base"]["ci_low"] <= found["personal_over_base"]["median"]
     assert [(threads, engine) for _, threads, engine in fake_engine] == [(1, None)]
     lines = run("bench", "latency", "--runs", "3", "--tokens", "6").stdout.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["Base", "Decoding", "", "First token", "First token"]
+    assert [line.split("  ")[0] for line in lines] == ["Base", "Decoding", "", "First token", "", "First token", ""]
 
 
 @pytest.mark.parametrize(
