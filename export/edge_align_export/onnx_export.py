@@ -12,7 +12,16 @@ from typing import Any, get_args
 from edge_align import __version__
 from edge_align.config import RuntimeConfig, SamplingConfig
 from edge_align.errors import BackendUnavailable, InputError, ModelLoadError, StorageError
-from edge_align.files import make_private_dir, sha256_file, shown, storage_errors, sync_dir, write_atomic, write_json
+from edge_align.files import (
+    make_private_dir,
+    replacing,
+    sha256_file,
+    shown,
+    storage_errors,
+    sync_dir,
+    write_atomic,
+    write_json,
+)
 from edge_align.onnx_files import DECODER, ENCODER, KIND, MANIFEST, SCHEMA, TEMPLATE, TOKENIZER, WEIGHTS
 from edge_align_export.checkpoint import open_checkpoint
 from edge_align_export.decoder_spec import Checkpoint, DecoderSpec
@@ -160,11 +169,9 @@ def _available_memory() -> int | None:
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, tell: Callable[[int], None]) -> None:
-    with (folder / WEIGHTS).open("wb") as file:
+    with replacing(folder / WEIGHTS) as path, path.open("wb") as file:
         weights = WeightFile(file, name=WEIGHTS, precision=precision, tell=tell)
         graphs = {DECODER: decoder_graph(checkpoint, weights), ENCODER: encoder_graph(checkpoint, weights)}
-        file.flush()
-        os.fsync(file.fileno())
     for name, graph in graphs.items():
         write_atomic(folder / name, graph.SerializeToString(deterministic=True))
 

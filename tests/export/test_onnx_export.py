@@ -243,6 +243,12 @@ def changed(checkpoint: Path, tmp_path: Path, **values: Any) -> Path:
     return Path(copy)
 
 
+def test_an_export_is_readable_by_its_owner_alone(checkpoint: Path, tmp_path: Path) -> None:
+    export_onnx(checkpoint, tmp_path / "out", precision="int8")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "model.onnx.data" in modes and set(modes.values()) == {0o600}
+
+
 def test_an_unknown_architecture_is_named_with_those_that_can_be_exported(checkpoint: Path, tmp_path: Path) -> None:
     source = changed(checkpoint, tmp_path, model_type="mamba")
     refused(source, tmp_path / "out", BackendUnavailable, "'mamba' cannot be exported; these can: llama")
