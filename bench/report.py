@@ -198,7 +198,7 @@ def readme_table(results: Results) -> str:
             ],
             ["the same with 20 pairs", won(20)],
             [
-                f"other ways, {other['pairs']} pairs, the same users{earlier(other)}: "
+                f"other ways, {other['pairs']} pairs, the same users, {other['prompts']} prompts{earlier(other)}: "
                 + ", ".join(name for name in others if not name.startswith(OURS)),
                 ", ".join(
                     percent(mean(row["win_rate"] for row in rows))
