@@ -134,7 +134,10 @@ def constant(z: np.ndarray) -> PreferenceEncoder:
 
 # -- the gate ------------------------------------------------------------------------------------------------------
 def gate(bench: Bench) -> dict[str, Any]:
-    """How often the gate lets verdicts through: shuffled ones (it should not) and true ones (it should)."""
+    """How often the gate lets verdicts through: shuffled ones (it should not) and true ones (it should).
+
+    Of the true ones a share `--flip` is given the wrong way round.
+    """
     args = bench.args
     questions, answers = train_answers(bench)
     encoded = encode_answers(bench, questions, answers)
@@ -151,10 +154,12 @@ def gate(bench: Bench) -> dict[str, Any]:
     for kind, draws in (("shuffled", args.draws), ("true", args.true_draws)):
         for size in [int(n) for n in args.sizes.split(",")]:
             for who in chosen_users(args.users):
-                kept = bench.keep("gate", bench.pack.hash, code, kind, size, who.name, args.seed, len(questions))
+                flip = args.flip if kind == "true" else 0.0
+                named = [bench.pack.hash, code, kind, size, who.name, args.seed, len(questions), flip]
+                kept = bench.keep("gate", *named)
                 with progress(f"{kind}, {size} pairs, {who.name}", draws) as tell:
                     for draw in range(len(kept.rows), draws):
-                        pairs = users_pairs(who, questions, answers, n=size, seed=1000 * args.seed + draw)
+                        pairs = users_pairs(who, questions, answers, n=size, seed=1000 * args.seed + draw, flip=flip)
                         if kind == "shuffled":
                             pairs = shuffled(pairs, np.random.default_rng([args.seed, draw, size]))
                         kept.add(passes(pairs, draw))
@@ -215,5 +220,6 @@ if __name__ == "__main__":
     )
     p.add_argument("--sizes", default="100,20", help="pairs per draw at the gate")
     p.add_argument("--draws", type=int, default=200, help="shuffled draws per user and size")
+    p.add_argument("--flip", type=float, default=0.0, help="share of true verdicts given the wrong way round")
     p.add_argument("--true-draws", type=int, default=100, help="true draws per user and size")
     main(run, p.parse_args(), __file__)

@@ -27,9 +27,11 @@ BEGIN, END = "<!-- begin: bench/report.py -->", "<!-- end: bench/report.py -->"
 
 
 def gate_of(results: Results, pairs: int) -> tuple[Result, Result]:
-    """The newest gate result at this number of pairs, and its table of rows as {kind: [rows]}."""
+    """The newest gate result at this number of pairs, no verdict wrong, and its rows as {kind: [rows]}."""
     size = f"pairs_{pairs}"
-    result = results.newest("nulls", where=lambda r: size in r.get("gate", {}).get("true", {}))
+    result = results.newest(
+        "nulls", where=lambda r: size in r.get("gate", {}).get("true", {}) and not r["options"].get("flip")
+    )
     rows = [row for row in result["gate"]["rows"] if row["pairs"] == pairs]
     return result, {kind: [row for row in rows if row["kind"] == kind] for kind in ("true", "shuffled")}
 

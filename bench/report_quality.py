@@ -95,8 +95,9 @@ def judged(result: Result, rows: list[Result]) -> str:
     head.append("predicted / measured KL at strength " + ", ".join(str(kl["strength"]) for kl in rows[0]["kl"]))
     if all("score" in row for row in rows):
         head.append("judge's score over the base's, in its standard deviations")
-        for cells, row in zip(body, [*rows, None], strict=True):
-            cells.append("" if row is None else f"{(row['score'] - row['score_base']) / row['score_base_sd']:+.2f}")
+        gains = [(row["score"] - row["score_base"], row["score_base_sd"]) for row in rows]
+        for cells, (gain, sd) in zip(body, [*gains, (0.0, 0.0)], strict=True):  # the mean has none
+            cells.append(f"{gain / sd:+.2f}" if sd else "")
     title = f"**{rows[0]['pairs']} pairs, {result['prompts']} unseen prompts**"
     return f"{title}\n\n{table(head, body)}\n\n{source(result)}"
 
@@ -176,5 +177,13 @@ def _flipped(results: Results, flip: float) -> str:
     ]
     said = f"**{size} pairs, {percent(flip)} of them the wrong way round.** "
     said += f"Of the gain over one half {percent(left)} is left."
+    files = [source(result)]
+    with suppress(NoResult):
+        gate = results.newest("nulls", where=lambda r: "gate" in r and r["options"].get("flip") == flip)
+        drawn = [row for row in gate["gate"]["rows"] if (row["kind"], row["pairs"]) == ("true", size)]
+        passed = {row["user"].replace("_", " "): row["passed"] for row in drawn}
+        said += f" Over {sum(row['draws'] for row in drawn)} draws of the pairs, {sum(passed.values())} pass the gate: "
+        said += ", ".join(f"{name} {n} of {drawn[0]['draws']}" for name, n in passed.items()) + "."
+        files.append(source(gate))
     text = table(["user", "win rate, all verdicts right", "with wrong ones", "gate p", "NLL"], body)
-    return f"{said}\n\n{text}\n\n{source(result)}"
+    return "\n\n".join([said, text, *files])
