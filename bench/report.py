@@ -151,7 +151,7 @@ def page(results: Results) -> str:
 def readme_table(results: Results) -> str:
     found, _ = quality_of(results, 100)
     time, lora = results.newest("personalize_time"), timed_whole(results)
-    speed = results.newest("latency")
+    speed = results.by_processor("latency")[0]
     drawn = results.newest("nulls", where=lambda r: "directions" in r)
     (other, *_), others = arms_of(results, SIZES[0])
     cost = lora["trained"][LORA]

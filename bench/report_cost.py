@@ -11,7 +11,11 @@ OTHER_RUNTIMES = {"genai": "onnxruntime-genai", "optimum": "optimum-onnx"}
 
 
 def latency(results: Results) -> str:
-    result = results.newest("latency")
+    parts = [*map(_llama, results.by_processor("latency")), *map(_onnx, results.by_processor("onnx_latency"))]
+    return "\n\n".join(parts)
+
+
+def _llama(result: Result) -> str:
     rows = [
         ["steered over unsteered decoding", ratio(result["steered_over_base"], 4)],
         ["our loop over a bare `llama_decode` loop", ratio(result["ours_over_bare"], 4)],
@@ -42,7 +46,6 @@ def latency(results: Results) -> str:
             *([f"ONNX Runtime:\n\n{_by_length(result['ttft_onnx'])}"] if "ttft_onnx" in result else []),
             *([instead(result["instead"])] if "instead" in result else []),
             source(result),
-            *map(_onnx, results.by_processor("onnx_latency")),
         ]
     )
 
