@@ -150,8 +150,8 @@ class Trainer:
         kept = bench.keep("adapted", adapter.path.name, questions, cap, seed, strength)
         named = {"max_tokens": cap, "seed": seed, "kept": kept, "label": f"{who.name}: {self.name} x {strength:.2f}"}
         parts = load_file(adapter.path)
-        steered = strength * parts["vectors"].numpy() if "vectors" in parts else None
-        rows = None if steered is None else np.repeat(steered[None], len(questions), axis=0)
+        vectors = steered(parts, strength)
+        rows = None if vectors is None else np.repeat(vectors.array[None], len(questions), axis=0)
         with applied(bench.reference, parts, strength=strength) as ids:
             return sample_rows(bench, bench.reference, questions, rows, before=ids, **named)
 
@@ -166,9 +166,8 @@ class Trainer:
         parts = load_file(adapter.path)
 
         def kl_at(strength: float) -> float:
-            vectors = SteeringVectors(strength * parts["vectors"].numpy()) if "vectors" in parts else None
             with applied(self.bench.reference, parts, strength=strength):
-                return measured_kl(ReferenceScorer(self.bench.reference), self.probe, vectors)
+                return measured_kl(ReferenceScorer(self.bench.reference), self.probe, steered(parts, strength))
 
         return search_factor(kl_at, kl)
 
@@ -179,6 +178,11 @@ class Adapter:
 
     cost: dict[str, Any]
     path: Path
+
+
+def steered(parts: dict[str, torch.Tensor], strength: float) -> SteeringVectors | None:
+    """What an adapter adds to hidden states, where it is vectors."""
+    return SteeringVectors(strength * parts["vectors"].numpy()) if "vectors" in parts else None
 
 
 def tune(trainer: Trainer, rate: float) -> dict[str, Any]:

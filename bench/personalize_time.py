@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,8 +46,7 @@ def run(bench: Bench) -> dict[str, Any]:
         args.pairs, args.runs, args.tokens = 12, 1, 16
     pairs = short_pairs(bench, user(args.user), n=args.pairs, tokens=args.tokens)
     dataset = dataset_of(pairs)
-    texts = {text for pair in dataset.pairs for text in (pair.chosen, pair.rejected)}
-    lengths = sorted(min(MAX_TOKENS, len(bench.backend.tokenize(text))) for text in texts)
+    lengths = encoded_lengths(bench, dataset.pairs)
     native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     dtypes = ("bf16", "fp32") if native else ("fp32",)  # elsewhere nobody is given bfloat16
     warm = {name: stages(bench, dataset, lengths, bf16=name == "bf16") for name in dtypes}
@@ -56,7 +55,7 @@ def run(bench: Bench) -> dict[str, Any]:
         keys = ("encode", "fit", "calibrate", "sum", "floor", "encode_over_floor", "sum_over_floor", "check")
         table.add_row(name, *(f"{row[key]:.3f}" for key in keys))
     console.print(table)
-    found = {"pairs": len(pairs), "answers": len(texts), "tokens": sum(lengths), "mean_tokens": np.mean(lengths)}
+    found = {"pairs": len(pairs), "answers": len(lengths), "tokens": sum(lengths), "mean_tokens": np.mean(lengths)}
     found |= {"bf16_native": native, "warm_sec": warm}
     return found | cold(bench, pairs)
 
@@ -65,7 +64,7 @@ def stages(bench: Bench, dataset: Dataset, lengths: list[int], *, bf16: bool) ->
     """Median seconds per stage over --runs, and of the floor."""
     opened = learning.open_base_encoder
     learning.open_base_encoder = lambda base, **_: AnswerEncoder(base.path, bf16=bf16)
-    floor = matmul_floor(bench, lengths, torch.bfloat16 if bf16 else torch.float32)
+    floor, _ = matmul_floor(bench, lengths, torch.bfloat16 if bf16 else torch.float32)
     budget = PersonalizeConfig().kl_budget
     seconds: dict[str, list[float]] = {"encode": [], "fit": [], "calibrate": [], "floor": [], "check": []}
     try:
@@ -90,8 +89,14 @@ def stages(bench: Bench, dataset: Dataset, lengths: list[int], *, bf16: bool) ->
     return row | {"encode_over_floor": row["encode"] / row["floor"], "sum_over_floor": row["sum"] / row["floor"]}
 
 
-def matmul_floor(bench: Bench, lengths: list[int], dtype: torch.dtype) -> Callable[[], None]:
-    """Work that does the encoder's matrix products alone, batch by batch, on real tokens."""
+def encoded_lengths(bench: Bench, pairs: Sequence[PreferencePair]) -> list[int]:
+    """Tokens that are read of each text of `pairs`, every text once, shortest first."""
+    texts = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
+    return sorted(min(MAX_TOKENS, len(bench.backend.tokenize(text))) for text in texts)
+
+
+def matmul_floor(bench: Bench, lengths: list[int], dtype: torch.dtype) -> tuple[Callable[[], None], int]:
+    """Work that does the encoder's matrix products alone, batch by batch, on real tokens; the weights they have."""
     model = LlamaReference(bench.base.path, n_layer=N_BLOCKS, dtype=dtype)
     weights = [(b.qkv, b.out, b.gate_up, b.down) for b in model.blocks]
     sizes = [sum(lengths[i] for i in rows) for rows in batches(range(len(lengths)), lengths, TOKENS_PER_BATCH)]
@@ -106,7 +111,7 @@ def matmul_floor(bench: Bench, lengths: list[int], dtype: torch.dtype) -> Callab
                     torch.nn.functional.linear(parts[size, w.shape[1]], w)
 
     parts = {(s, w.shape[1]): inputs[:s, : w.shape[1]].contiguous() for s in sizes for b in weights for w in b}
-    return work
+    return work, sum(w.numel() for block in weights for w in block)
 
 
 def cold(bench: Bench, pairs: list[PreferencePair]) -> dict[str, Any]:

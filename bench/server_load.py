@@ -30,6 +30,7 @@ from serving import arriving, Body, chat, edge_align, llama_cpp_server, load, qu
 from serving_learning import learning, NAME, person
 from serving_soak import soak
 
+from edge_align.home import Home
 from edge_align.simulation.prompts import prompts
 from edge_align.speed import paired_ratio
 
@@ -54,18 +55,25 @@ def spread(values: Sequence[float], *, to: Sequence[float] = (0.5, 0.95)) -> dic
     return {f"p{round(100 * q)}": float(np.quantile(values, q)) for q in to}
 
 
+def tastes(bench: Bench, home: Home) -> list[str]:
+    """Four profiles in a home, by name."""
+    names = [f"taste-{i}" for i in range(4)]
+    for i, name in enumerate(names):
+        save_latent(bench, home, name, random_latent(bench, i))
+    return names
+
+
 # -- the same answers, with and without profiles ---------------------------------------------------------------------
 def equality(bench: Bench) -> dict[str, Any]:
     """Answers of many clients over four profiles against each alone; throughput against the same load on the base."""
-    args, names, asked = bench.args, [f"taste-{i}" for i in range(4)], questions()
+    args, asked = bench.args, questions()
     per_round = args.requests // args.rounds
     speeds: dict[str, list[float]] = {"profiles": [], "base": []}
     waits: dict[str, list[float]] = {"profiles": [], "base": []}
     told: list[tuple[Body, Reply]] = []
     errors = 0
     with fresh_home(bench) as home:
-        for i, name in enumerate(names):
-            save_latent(bench, home, name, random_latent(bench, i))
+        names = tastes(bench, home)
         with edge_align(bench, home, "--no-profile", "--learn", "off") as server:
             server.ready()
             with progress("rounds", args.rounds) as tell:
@@ -154,10 +162,8 @@ def arrivals(bench: Bench) -> dict[str, Any]:
     Both get the same questions at the same moments, --rounds times in alternating order.
     """
     args, asked, rows = bench.args, questions(), []
-    names = [f"taste-{i}" for i in range(4)]
     with fresh_home(bench) as home:
-        for i, name in enumerate(names):
-            save_latent(bench, home, name, random_latent(bench, i))
+        names = tastes(bench, home)
         with (
             edge_align(bench, home, "--no-profile", "--learn", "off") as ours,
             llama_cpp_server(bench) as theirs,

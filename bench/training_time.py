@@ -36,15 +36,14 @@ from common import (
     timed,
 )
 from lora_dpo import applied, build_hf, fastest_dtype, kept_training, LoRA, PTuning, tokenized, train
-from personalize_time import matmul_floor
+from personalize_time import encoded_lengths, matmul_floor
 from quality import judged, other_judges
 from rich.table import Table
 from safetensors.torch import load_file
 
 from edge_align.config import PersonalizeConfig
-from edge_align.features import MAX_TOKENS, N_BLOCKS
 from edge_align.records import PreferencePair
-from edge_align.runtime.torch_ref import fastest, LlamaReference
+from edge_align.runtime.torch_ref import fastest
 from edge_align.simulation.prompts import prompts
 from edge_align.simulation.users import user
 
@@ -114,16 +113,12 @@ def reordered(pairs: list[PreferencePair], n: int) -> list[PreferencePair]:
 
 def encoder_floor(bench: Bench, pairs: Sequence[PreferencePair]) -> dict[str, float]:
     """What encoding the answers of `pairs` cannot do without: products, their seconds here, weights it reads once."""
-    texts = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
-    lengths = sorted(min(MAX_TOKENS, len(bench.backend.tokenize(text))) for text in texts)
-    dtype = fastest()[1]
-    model = LlamaReference(bench.base.path, n_layer=N_BLOCKS, dtype=dtype)
-    weights = sum(w.numel() for block in model.blocks for w in (block.qkv, block.out, block.gate_up, block.down))
-    work = matmul_floor(bench, lengths, dtype)
+    lengths, dtype = encoded_lengths(bench, pairs), fastest()[1]
+    work, weights = matmul_floor(bench, lengths, dtype)
     work()  # the first is a warm-up
     seconds, _ = timed(work)
     return {
-        "answers": len(texts),
+        "answers": len(lengths),
         "tokens": sum(lengths),
         "gflop": 2e-9 * weights * sum(lengths),
         "products_sec": seconds,
