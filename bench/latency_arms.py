@@ -24,7 +24,8 @@ from common import Bench, progress, ROOT
 from edge_align.config import SamplingConfig
 from edge_align.errors import ModelLoadError
 from edge_align.records import join_chunks, Message, PreferencePair, Prompt, SteeringVectors, user_prompt
-from edge_align.runtime.llama_native import model_params, n_cores, NativeContext, NativeModel, Sampler
+from edge_align.runtime.llama_native import model_params, n_cores, NativeContext, NativeModel
+from edge_align.runtime.llama_sampler import Sampler
 from edge_align.speed import interleaved, paired_ratio, PROMPT
 
 RANK = 8

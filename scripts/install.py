@@ -10,7 +10,9 @@ installed, and in syntax that Python 3.6 reads, so that an old one gets the mess
 import hashlib
 import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -35,6 +37,8 @@ GPUS = {
     "vulkan": ("-DGGML_VULKAN=on", "glslc"),
 }
 """Kind of GPU -> (what llama.cpp is built with, the tool that its build cannot do without)."""
+KEEP_STORES = "-fno-dse -fno-tree-dse -frecord-gcc-switches"
+"""Without these an older GCC breaks llama.cpp's kernels for AMX; edge_align/runtime/llama_build.py looks for them."""
 VULKAN_HEADERS = 272  # of 1.3: llama.cpp sets layers through VK_EXT_layer_settings, which is that old
 
 
@@ -140,7 +144,7 @@ def check_vulkan_headers() -> None:
 def install(python: Path, what: list[str], *, log: Path, cmake_args: str = "") -> None:
     """pip install `what` into the environment, its talk into `log`, with a sign of life here."""
     command = [python, "-m", "pip", "install", "--progress-bar", "off", "-c", ROOT / "constraints.txt", *what]
-    environment = {**os.environ, "CMAKE_ARGS": cmake_args} if cmake_args else None
+    environment = {**os.environ, **compiler_flags()} | ({"CMAKE_ARGS": cmake_args} if cmake_args else {})
     started = time.monotonic()
     with log.open("w") as out:
         # In a group of its own with the compilers it starts, so that Ctrl-C can end them all.
@@ -157,6 +161,20 @@ def install(python: Path, what: list[str], *, log: Path, cmake_args: str = "") -
         if not any(shutil.which(name) for name in COMPILERS):
             sys.exit("installing failed: there is no C/C++ compiler; install one (on Debian: build-essential)")
         sys.exit(f"installing failed; the end of pip's log is above, the whole in {log}")
+
+
+def compiler_flags() -> dict[str, str]:
+    """CXXFLAGS with KEEP_STORES, for GCC on x86-64; what is there stays."""
+    if platform.machine() != "x86_64":
+        return {}
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    except (OSError, ValueError):
+        return {}
+    if "Free Software Foundation" not in done.stdout:
+        return {}
+    return {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {KEEP_STORES}".strip()}
 
 
 def watch(process: "subprocess.Popen[bytes]", log: Path, started: float) -> None:

@@ -73,7 +73,9 @@ edge_align.runtime.template
 edge_align.runtime.sampling
 edge_align.runtime.fake
 edge_align.runtime.tokens
+edge_align.runtime.llama_build
 edge_align.runtime.llama_native
+edge_align.runtime.llama_sampler
 edge_align.runtime.llama_checks
 edge_align.runtime.llama_devices
 edge_align.runtime.llama_rows

@@ -1,6 +1,7 @@
 """`scripts/install.py`: what a build for a GPU lacks is said in one line, before anything is installed."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,22 @@ def test_vulkan_headers_that_llama_cpp_does_not_compile_with_are_refused(said, t
 def test_newer_headers_pass_and_the_sdk_comes_before_the_systems_own(tmp_path, monkeypatch):
     monkeypatch.setenv("VULKAN_SDK", str(headers(tmp_path / "sdk", 309)))
     install.check_vulkan_headers()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_gcc_is_told_to_keep_what_amx_reads_beside_the_flags_that_are_there(monkeypatch):
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("CXX", "g++ -m64")
+    monkeypatch.setenv("CXXFLAGS", "-O2")
+    assert install.compiler_flags() == {"CXXFLAGS": f"-O2 {install.KEEP_STORES}"}
+    monkeypatch.setattr(install.platform, "machine", lambda: "aarch64")
+    assert install.compiler_flags() == {}
+
+
+def test_other_compilers_and_none_get_no_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
+    (tmp_path / "clang++").write_text("#!/bin/sh\necho Debian clang version 14.0.6\n")
+    (tmp_path / "clang++").chmod(0o755)
+    for compiler in (str(tmp_path / "clang++"), str(tmp_path / "none"), '"'):
+        monkeypatch.setenv("CXX", compiler)
+        assert install.compiler_flags() == {}

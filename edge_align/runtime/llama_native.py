@@ -10,20 +10,20 @@ import functools
 import os
 import re
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_align.config import SamplingConfig
 from edge_align.errors import BackendError, BackendUnavailable, InputError, ModelLoadError
 from edge_align.gguf_header import read_header
 from edge_align.records import SteeringVectors
-from edge_align.runtime.sampling import GREEDY_BELOW
+from edge_align.runtime.llama_build import amx_is_sound
 from edge_align.runtime.template import CHATML_START, ends_line, fallback, PLAIN
 
 TEXT_LIMIT = 16 * 2**20  # bytes of one text to tokenise
-PENALTY_TOKENS = 1024  # newest tokens of an answer that presence and frequency penalties look at
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1 << 0, 1 << 3, 1 << 4, 1 << 5  # flags of a token (llama_token_attr)
 
 _errors: deque[str] = deque(maxlen=8)  # llama.cpp's last error lines
@@ -55,15 +55,24 @@ def api() -> Any:
     return C
 
 
-def model_params() -> Any:
-    """llama.cpp's defaults, with Intel's matrix units (AMX) left alone.
+def has_amx() -> bool:
+    """Do this processor, and this build of llama.cpp, have Intel's matrix units (AMX)?"""
+    return b"AMX_INT8 = 1" in api().llama_print_system_info()
 
-    llama.cpp's AMX kernels end the process with a general protection fault where a GCC before 14 (11.5, 12.4, 13.3)
-    compiled them: it drops half of the 64 bytes that `ldtilecfg` reads (GCC bug 114098, llama.cpp issue 20824). They
-    take part through weights laid out anew at loading, which is what is switched off.
-    """
-    params = api().llama_model_default_params()
-    params.use_extra_bufts = b"AMX_INT8 = 1" not in api().llama_print_system_info()
+
+@functools.cache
+def amx() -> bool:
+    """Are they used? Not where this build crashes on them."""
+    return has_amx() and amx_is_sound(Path(api().__file__).parent / "lib")
+
+
+def model_params() -> Any:
+    """llama.cpp's defaults. AMX takes part through weights laid out anew at loading, which are not mapped as well."""
+    C = api()
+    params = C.llama_model_default_params()
+    params.use_extra_bufts = amx() or not has_amx()
+    if amx():
+        params.load_mode = C.LLAMA_LOAD_MODE_NONE
     return params
 
 
@@ -243,6 +252,9 @@ class NativeContext:
         if not self._context:
             cause = " ".join(list(_errors)[-1:]) or "out of memory?"
             raise ModelLoadError(f"llama.cpp cannot open a context of {params.n_ctx} tokens on {model.path}: {cause}")
+        # llama.cpp sets up AMX once a thread, and PyTorch, which uses it too, leaves it otherwise: then the next decode
+        # ends the process (illegal instruction). So nobody else computes on the thread that decodes.
+        self._thread = ThreadPoolExecutor(1, "edge-align-amx") if amx() else None
         self.memory = C.llama_get_memory(self._context)
         self._vectors: SteeringVectors | None = None
         self._make_batch(n_batch)
@@ -267,6 +279,8 @@ class NativeContext:
 
     def close(self) -> None:
         context, self._context = self._context, None
+        if self._thread is not None:
+            self._thread.shutdown()
         if context:
             self.C.llama_synchronize(context)
             self.C.llama_free(context)
@@ -299,10 +313,21 @@ class NativeContext:
     def decode(self, n: int) -> None:
         """Run the first n rows of the batch arrays."""
         self.batch.n_tokens = n
-        code = self.C.llama_decode(self._context, self.batch)
+        code = self._run(self.C.llama_decode, self._context, self.batch)
         if code:
             cause = "the context is full" if code == 1 else " ".join(list(_errors)[-1:])
             raise BackendError(f"llama.cpp could not decode (code {code}): {cause}")
+
+    def _run(self, function: Callable[..., int], *args: Any) -> int:
+        """Call it, on this context's own thread where it has one; an interruption waits for its end."""
+        if self._thread is None:
+            return function(*args)
+        future = self._thread.submit(function, *args)
+        try:
+            return future.result()
+        except BaseException:
+            wait([future])
+            raise
 
     def decode_span(self, tokens: np.ndarray, start: int, *, seq: int = 0, outputs: bool = False) -> None:
         """Decode consecutive tokens (at most n_batch) of one sequence, the first at position `start`."""
@@ -345,51 +370,3 @@ class NativeContext:
 
     def clear(self) -> None:
         self.C.llama_memory_clear(self.memory, False)
-
-
-class Sampler:
-    """A native sampler chain: bias, penalties, grammar, then top-k, top-p, temperature, draw; greedy at temperature 0.
-
-    The penalties look at the answer, not at the prompt. Raises InputError for a grammar that llama.cpp does not read.
-    """
-
-    def __init__(self, model: NativeModel, sampling: SamplingConfig, seed: int) -> None:
-        C = self.C = model.C
-        constraints = _constraints(model, sampling)  # first: it may raise
-        self.chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-        for part in constraints:
-            C.llama_sampler_chain_add(self.chain, part)
-        if sampling.temperature < GREEDY_BELOW:
-            parts = [C.llama_sampler_init_greedy()]
-        else:
-            parts = [
-                C.llama_sampler_init_top_k(min(sampling.top_k, model.n_vocab)),
-                C.llama_sampler_init_top_p(sampling.top_p, 1),
-                C.llama_sampler_init_temp(sampling.temperature),
-                C.llama_sampler_init_dist(seed & 0xFFFFFFFF),
-            ]
-        for part in parts:
-            C.llama_sampler_chain_add(self.chain, part)
-
-    def close(self) -> None:
-        chain, self.chain = self.chain, None
-        if chain:
-            self.C.llama_sampler_free(chain)
-
-
-def _constraints(model: NativeModel, sampling: SamplingConfig) -> list[Any]:
-    """The samplers that change logits before anything is cut off; usually none."""
-    C, parts = model.C, []
-    if sampling.grammar is not None:
-        grammar = C.llama_sampler_init_grammar(model.vocab, sampling.grammar.encode(), b"root")
-        if not grammar:
-            raise InputError("llama.cpp cannot read the grammar; simplify the schema")
-        parts.append(grammar)
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        penalties = (model.n_vocab, PENALTY_TOKENS, 1.0, sampling.frequency_penalty, sampling.presence_penalty)
-        parts.insert(0, C.llama_sampler_init_penalties(*penalties))
-    if sampling.logit_bias:
-        known = [(token, bias) for token, bias in sampling.logit_bias if token < model.n_vocab]
-        biases = (C.llama_logit_bias * len(known))(*known)
-        parts.insert(0, C.llama_sampler_init_logit_bias(model.n_vocab, len(known), biases))
-    return parts

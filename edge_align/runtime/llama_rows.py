@@ -16,7 +16,8 @@ import numpy as np
 from edge_align.config import SamplingConfig
 from edge_align.errors import BackendError, SessionClosed
 from edge_align.records import Completion, FinishReason, SteeringVectors
-from edge_align.runtime.llama_native import NativeContext, NativeModel, Sampler
+from edge_align.runtime.llama_native import NativeContext, NativeModel
+from edge_align.runtime.llama_sampler import Sampler
 from edge_align.runtime.stream_text import TextStream
 from edge_align.runtime.tokens import common_prefix
 

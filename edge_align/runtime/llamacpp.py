@@ -30,8 +30,9 @@ from edge_align.records import (
 from edge_align.runtime.base import Backend, BackendInfo
 from edge_align.runtime.llama_checks import check_tokens, check_vectors, context_length, part_ends
 from edge_align.runtime.llama_devices import device_of
-from edge_align.runtime.llama_native import NativeContext, NativeModel, Sampler
+from edge_align.runtime.llama_native import NativeContext, NativeModel
 from edge_align.runtime.llama_rows import Rows
+from edge_align.runtime.llama_sampler import Sampler
 from edge_align.runtime.sampling import log_softmax_top
 from edge_align.runtime.stream_text import TextStream
 from edge_align.runtime.template import ChatTemplate, render_tokens
@@ -149,7 +150,7 @@ class LlamaCppBackend:
     ) -> Iterator[GenerationChunk]:
         """Stream an answer. A new answer takes the context over: an unfinished one then raises BackendError.
 
-        While a long prompt is read, an empty chunk comes after every part of it but the last.
+        While a long prompt is read, an empty chunk comes now and then.
 
         Raises ContextOverflow, InputError at once; BackendError, SessionClosed while streaming.
         """
@@ -254,7 +255,8 @@ class LlamaCppBackend:
     ) -> Generator[GenerationChunk, None, int]:
         """Make the context hold exactly `tokens`, unsteered; returns how many it held before.
 
-        Between two parts it yields an empty chunk, so that whoever has other answers to give can do so meanwhile.
+        Before it has read more than n_batch tokens at a stretch it yields an empty chunk, so that whoever has other
+        answers to give can do so meanwhile.
         """
         context, turn = self._context, self._turn
         keep, ends = common_prefix(self._cached, tokens), part_ends(tokens, self._model.is_turn_end, context.n_batch)
@@ -263,11 +265,12 @@ class LlamaCppBackend:
         if not context.forget(0, keep):  # also what an answer that was never ended has decoded
             keep = 0
         self._cached = self._cached[:keep]
-        start = keep
+        start = told = keep
         for end in (end for end in ends if end > keep):
-            if start > keep:
+            if end - told > context.n_batch:
                 yield GenerationChunk("")
                 self._check_turn(turn)
+                told = start
             if cancelled is not None and cancelled():
                 break
             try:

@@ -9,6 +9,10 @@ import time
 
 import pytest
 
+from edge_align.cli import doctor
+from edge_align.runtime import llama_native
+from edge_align.runtime.llama_native import amx, has_amx
+
 MAIN = [sys.executable, "-m", "edge_align.cli.main"]
 LIST_MODULES = """
 import sys
@@ -133,9 +137,18 @@ def test_doctor_finds_that_vectors_steer_and_exits_by_what_is_broken(process, ho
     checks = {check["name"]: check for check in document["checks"]}
     assert checks["steering"]["status"] == "ok" and "changes the logits" in checks["steering"]["detail"]
     assert (checks["base"]["status"], checks["home"]["status"], checks["profile"]["status"]) == ("ok", "ok", "note")
+    assert checks.get("AMX", {"status": None})["status"] == (("ok" if amx() else "note") if has_amx() else None)
     broken = [name for name, check in checks.items() if check["status"] == "broken"]
     assert document["ok"] == (not broken) and done.returncode == (1 if broken else 0)
     unknown = process("doctor", "--model", "no-such-id")
     assert unknown.returncode == 1 and "base    " in unknown.stdout and "broken" in unknown.stdout
     home.root.chmod(0o755)
     assert "chmod 700" in process("doctor", "--model", "no-such-id").stdout
+
+
+@pytest.mark.parametrize(("used", "status"), [(True, "ok"), (False, "note")])
+def test_doctor_says_how_to_have_the_matrix_units_used(monkeypatch, used, status):
+    monkeypatch.setattr(llama_native, "has_amx", lambda: True)
+    monkeypatch.setattr(llama_native, "amx", lambda: used)
+    (check,) = doctor._amx()
+    assert check.status == status and ("CXXFLAGS='-fno-dse" in check.detail) is not used
