@@ -404,10 +404,14 @@ def sample_reference(
 
 
 def reference_model(bench: Bench) -> Any:
-    """The whole base in PyTorch, on the GPU where there is one, bfloat16 where that is fast."""
+    """The whole base in PyTorch, on the GPU where there is one; bfloat16 where that is fast, unless --dtype is fp32."""
+    import torch
+
     from edge_align.runtime.torch_ref import fastest, LlamaReference
 
     device, dtype = fastest()
+    if getattr(bench.args, "dtype", None) == "fp32":
+        dtype = torch.float32
     return LlamaReference(bench.base.path, dtype=dtype, device=device)
 
 

@@ -243,47 +243,44 @@ def changes(bench: Bench, one: Taste, score: Score) -> list[float]:
 # -- rows with profiles of their own -------------------------------------------------------------------------------
 def batch(bench: Bench, tastes: list[Taste], precision: str, backend: OnnxBackend) -> dict[str, Any]:
     """A batch in which each row has another profile, against single runs: greedy texts, and logits on those of the
-    single runs, decoded together against teacher-forced alone."""
+    single runs, decoded together and alone."""
     questions = prompts("test")[: len(tastes)]
     rendered = [backend.render(user_prompt(question)) for question in questions]
     vectors = [steering(bench, one.profile.encoder, [q])[0] for one, q in zip(tastes, questions, strict=True)]
     sampling = SamplingConfig(max_tokens=bench.args.tokens, temperature=0.0)
     together = [list(row.tokens) for row in backend.generate_batch(rendered, vectors=vectors, sampling=sampling)]
     singly = [list(greedy(backend, *job, bench.args.tokens).tokens) for job in zip(rendered, vectors, strict=True)]
-    alone = [engine_score(backend)(*job) for job in zip(rendered, singly, vectors, strict=True)]
+    jobs = list(zip(rendered, singly, vectors, strict=True))
+    alone = [row for job in jobs for row in decoded(backend, [job])]
     return {
         "precision": precision,
         "rows": len(tastes),
         "same_text": np.mean([a == b for a, b in zip(together, singly, strict=True)]),
-        "max_difference": decoded_together(backend, rendered, singly, vectors, alone),
+        "max_difference": max(np.abs(a - b).max() for a, b in zip(decoded(backend, jobs), alone, strict=True)),
     }
 
 
-def decoded_together(
-    backend: OnnxBackend,
-    rendered: list[list[int]],
-    texts: list[list[int]],
-    vectors: list[SteeringVectors | None],
-    alone: list[np.ndarray],
-) -> float:
-    """Largest difference of logits between rows of one batch that are fed these texts, and the same rows alone."""
-    room = max(len(prompt) + len(text) for prompt, text in zip(rendered, texts, strict=True))
+def decoded(
+    backend: OnnxBackend, jobs: Sequence[tuple[list[int], list[int], SteeringVectors | None]]
+) -> list[np.ndarray]:
+    """Logits (T, n_vocab) of rows (prompt, text, vectors) that are decoded in one batch and fed their texts."""
+    room = max(len(prompt) + len(text) for prompt, text, _ in jobs)
     shared = OnnxRows(
-        OnnxDecoder(backend._session, backend._model, device=backend.info.device, rows=len(rendered), room=room)
+        OnnxDecoder(backend._session, backend._model, device=backend.info.device, rows=len(jobs), room=room)
     )
-    rows = [shared.take() for _ in rendered]
-    steered = [None if v is None else v.array[None] for v in vectors]
-    for row, prompt in zip(rows, rendered, strict=True):
+    rows = [shared.take() for _ in jobs]
+    for row, (prompt, _, _) in zip(rows, jobs, strict=True):
         row.fill(np.asarray(prompt[:-1]), 0)
-    largest = 0.0
-    for step in range(max(map(len, texts))):
-        going = [i for i, text in enumerate(texts) if step < len(text)]
+    found: list[list[np.ndarray]] = [[] for _ in jobs]
+    for step in range(max(len(text) for _, text, _ in jobs)):
+        going = [i for i, (_, text, _) in enumerate(jobs) if step < len(text)]
         for i in going:
-            token = texts[i][step - 1] if step else rendered[i][-1]
-            rows[i].ask(token, len(rendered[i]) - 1 + step, steered[i])
-        differences = [np.abs(rows[i].logits() - alone[i][step]).max() for i in going]
-        largest = max(largest, *map(float, differences))
-    return largest
+            prompt, text, vectors = jobs[i]
+            token = text[step - 1] if step else prompt[-1]
+            rows[i].ask(token, len(prompt) - 1 + step, None if vectors is None else vectors.array[None])
+        for i in going:
+            found[i].append(rows[i].logits())
+    return [np.stack(steps) for steps in found]
 
 
 if __name__ == "__main__":
