@@ -24,6 +24,7 @@ from typing import Any
 import bipo
 import numpy as np
 import torch
+from beside import at_our_kl, OURS, summary
 from common import (
     Answer,
     Bench,
@@ -51,10 +52,9 @@ from safetensors.torch import load_file
 from edge_align.kl import measured_kl, open_probe, Probe, sampled_probe, search_factor
 from edge_align.records import PreferencePair, SteeringVectors
 from edge_align.simulation.prompts import prompts
-from edge_align.simulation.users import bootstrap_interval, User, user, wins
+from edge_align.simulation.users import User, user, wins
 
 METHODS = {"lora": "LoRA-DPO", "ptuning": "P-tuning-DPO", "bipo": "BiPO"}
-OURS = "edge-align"
 TUNING_PAIRS = 100
 NLL_LIMIT = 1.25
 
@@ -230,40 +230,6 @@ def compare(
         rows.append(row | {"won": won.tolist()})
         console.print(f"{who.name} {size}, {name}: win {row['win_rate']:.2f}, nll x {row['nll_ratio']:.2f}")
     return rows
-
-
-def at_our_kl(method: str) -> str:
-    """The arm in which what was trained is scaled to the KL of ours."""
-    return f"{method} at our KL"
-
-
-def summary(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Per number of pairs: means of the arms, and ours less theirs by prompt, with its bootstrap interval."""
-    found: dict[str, Any] = {}
-    sizes = sorted({row["pairs"] for row in rows})
-    won = {(row["arm"], row["pairs"], row["user"]): np.array(row["won"]) for row in rows}
-    for size in sizes:
-        own = [row for row in rows if row["pairs"] == size]
-        arms = {row["arm"] for row in own}
-        found[f"pairs_{size}"] = {
-            arm: {
-                name: float(np.mean([row[name] for row in own if row["arm"] == arm]))
-                for name in ("win_rate", "nll_ratio", "distinct2_ratio", "seconds", "stored_bytes")
-            }
-            for arm in sorted(arms)
-        }
-    names = sorted({row["user"] for row in rows})
-    theirs = (method, at_our_kl(method))
-    against = [(size, arm, size) for size in sizes for arm in theirs]
-    against += [(min(sizes), arm, 100) for arm in theirs if min(sizes) < 100]
-    for ours, arm, size in against:
-        both = [((OURS, ours, name), (arm, size, name)) for name in names]
-        both = [(a, b) for a, b in both if a in won and b in won]
-        if both:  # of those who have both: a person may tell too few pairs apart, or have no KL, if ours does not steer
-            gain = np.mean([won[a] - won[b] for a, b in both], axis=0)
-            low, high = bootstrap_interval(gain, rng=np.random.default_rng(0))
-            found[f"{OURS} {ours} less {arm} {size}"] = {"mean": float(gain.mean()), "ci": [low, high]}
-    return found
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

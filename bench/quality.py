@@ -106,7 +106,8 @@ def judged(
 ) -> dict[str, Any]:
     """What is said of any answers beside the base's: who wins, how likely they are under the base, how they vary.
 
-    score: the judge's, mean over the answers; score_base_sd: of the base's answers among each other, its unit.
+    score_median: of the judge's scores (their mean is what an empty answer makes of it, far below all others);
+    score_spread_base: half of what lies between the 16th and the 84th percentile of the base's, like a deviation.
     """
     texts, base_texts = [answer.text for answer in ours], [answer.text for answer in base]
     won, scores = wins(who.judge, texts, base_texts), [who.judge(text) for text in texts]
@@ -116,9 +117,9 @@ def judged(
     return {
         "win_rate": won.mean(),
         "win_ci": [low, high],
-        "score": np.mean(scores),
-        "score_base": np.mean(base_scores),
-        "score_base_sd": np.std(base_scores),
+        "score_median": np.median(scores),
+        "score_median_base": np.median(base_scores),
+        "score_spread_base": np.subtract(*np.quantile(base_scores, (0.84, 0.16))) / 2,
         "second_win_rate": None if second is None else wins(second, texts, base_texts).mean(),
         "nll": nll,
         "nll_ratio": nll / nll_base,

@@ -11,14 +11,15 @@ import argparse
 import sys
 from contextlib import nullcontext, suppress
 
+from beside import at_our_kl, OURS
 from report_arms import alternatives, arms_of, PROMPTED
 from report_cost import contention, latency, scale, serving
 from report_packs import packs
 from report_parity import parity
-from report_parts import earlier, mean, NoResult, OURS, percent, Result, Results, ROOT, source, table, with_bf16
+from report_parts import earlier, mean, NoResult, percent, Result, Results, ROOT, source, table, with_bf16
 from report_plots import draw_all
 from report_quality import combined, curves, flipped, other_base, quality, quality_of, SIZES
-from report_trained import at_our_kl, bipo, LORA, lora, ptuning, timed_whole, training_time, tried_of
+from report_trained import bipo, LORA, lora, ptuning, timed_whole, training_time, tried_of
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "plots"

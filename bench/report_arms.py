@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from report_parts import mean, OURS, percent, Result, Results, source, table
+from beside import OURS
+from report_parts import mean, percent, Result, Results, source, table
 from report_quality import SIZES
 
 PROMPTED = ("written preference", "three pairs in the prompt")  # arms that no pack has a part in

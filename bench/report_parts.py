@@ -14,7 +14,6 @@ RESULTS = ROOT / "bench" / "results"
 MODELS = ROOT / "models"
 
 Result = dict[str, Any]
-OURS = "edge-align"  # the arm
 
 
 class NoResult(LookupError):

@@ -6,10 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from beside import at_our_kl, OURS
 from report_arms import arms_of
-from report_parts import mean, NoResult, OURS, Results
+from report_parts import mean, NoResult, Results
 from report_quality import curve_of, quality_of, SIZES
-from report_trained import at_our_kl, BIPO, LORA, PTUNING, tried_of
+from report_trained import BIPO, LORA, PTUNING, tried_of
 
 
 def draw_all(results: Results, folder: Path) -> None:

@@ -93,9 +93,9 @@ def judged(result: Result, rows: list[Result]) -> str:
     )
     head = ["user", "win rate", "by a second judge", "NLL", "distinct-2", "tokens (base)", "gate p"]
     head.append("predicted / measured KL at strength " + ", ".join(str(kl["strength"]) for kl in rows[0]["kl"]))
-    if all("score" in row for row in rows):
-        head.append("judge's score over the base's, in its standard deviations")
-        gains = [(row["score"] - row["score_base"], row["score_base_sd"]) for row in rows]
+    if all("score_median" in row for row in rows):
+        head.append("judge's median score over the base's, in its spread (half of 16 to 84 %)")
+        gains = [(row["score_median"] - row["score_median_base"], row["score_spread_base"]) for row in rows]
         for cells, (gain, sd) in zip(body, [*gains, (0.0, 0.0)], strict=True):  # the mean has none
             cells.append(f"{gain / sd:+.2f}" if sd else "")
     title = f"**{rows[0]['pairs']} pairs, {result['prompts']} unseen prompts**"

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from report_parts import mean, OURS, percent, Result, Results, source, table
+from beside import at_our_kl, OURS, summary
+from report_parts import mean, percent, Result, Results, source, table
 
 LORA, PTUNING, BIPO = "LoRA-DPO", "P-tuning-DPO", "BiPO"
 RANK, SMALL = 16, 8  # of the LoRA; the other one that was tried
-
-
-def at_our_kl(method: str) -> str:
-    """The arm in which what was trained is scaled to the KL of ours."""
-    return f"{method} at our KL"
 
 
 SHORT = {LORA: "LoRA", PTUNING: "P-tuning", BIPO: "BiPO"}
@@ -100,21 +96,20 @@ def _beside(name: str, pairs: int, arms: Sequence[Result | None]) -> list[str]:
 
 
 def tried_of(results: Results, method: str, *, rank: int = RANK) -> Result:
-    """The newest comparison of a method (a LoRA: of this rank) with ours, and the numbers of pairs that only older ones
-    of the same settings have; `with`: those.
+    """The newest comparison of a method (a LoRA: of this rank) with ours, and the people and numbers of pairs that only
+    older ones of the same settings have; `with`: those.
     """
     newest, *older = results.newest_first(
         "lora", where=lambda r: r["method"] == method and r["settings"].get("rank", rank) == rank
     )
-    merged = newest | {"with": []}
+    rows, used = list(newest["rows"]), []
     for result in older:
-        known = {row["pairs"] for row in merged["rows"]}
-        more = [row for row in result["rows"] if row["pairs"] not in known]
+        known = {(row["user"], row["pairs"]) for row in rows}
+        more = [row for row in result["rows"] if (row["user"], row["pairs"]) not in known]
         if more and all(result[key] == newest[key] for key in ("settings", "prompts")):
-            merged["rows"] = merged["rows"] + more
-            merged["summary"] = result["summary"] | merged["summary"]
-            merged["with"] = [*merged["with"], result]
-    return merged
+            rows += more
+            used.append(result)
+    return newest | {"rows": rows, "with": used, "summary": summary(rows, method)}
 
 
 def timed_whole(results: Results) -> Result:

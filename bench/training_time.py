@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import trl_dpo
+from beside import OURS
 from common import (
     Answer,
     Bench,
@@ -49,7 +50,6 @@ from edge_align.simulation.users import user
 
 METHODS = {"LoRA-DPO": LoRA(), "P-tuning-DPO": PTuning()}
 BY_TRL = "LoRA-DPO by TRL"
-OURS = "edge-align"
 
 
 def run(bench: Bench) -> dict[str, Any]:
