@@ -9,6 +9,8 @@ are in the page cache.
 
 from __future__ import annotations
 
+import common  # noqa: F401  # isort: skip  (it sets how threads wait, which is read when torch is loaded)
+
 import json
 import os
 import shutil

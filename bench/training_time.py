@@ -13,6 +13,8 @@ LoRA is merged into its weights. Peak memory is that of the process so far, so t
 
 from __future__ import annotations
 
+import common  # noqa: F401  # isort: skip  (it sets how threads wait, which is read when torch is loaded)
+
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict, replace
