@@ -26,3 +26,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPINS)
     if sys.platform == "linux":
         os.environ["OMP_WAIT_POLICY"] = "active"
+
+# Since 1.32 ONNX Runtime's own Linux builds keep a device id in the user's cache and have an address to send events to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

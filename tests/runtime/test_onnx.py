@@ -1,5 +1,8 @@
 """The ONNX Runtime engine keeps the contracts of `runtime.base`, on a tiny model and on the default base."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -414,3 +417,21 @@ def test_an_engine_that_does_not_read_the_files_is_refused_with_the_way_out(
         check_engine(base, "onnx")
     with pytest.raises(InputError, match="is an ONNX export; leave out --engine"):
         check_engine(find_base(str(exports["fp32"])), "llamacpp")
+
+
+@pytest.mark.parametrize("first", ["edge_align", "edge_align.runtime.onnx_session"])
+def test_a_session_leaves_nothing_in_the_home_of_who_runs_it(tmp_path: Path, first: str) -> None:
+    """ONNX Runtime 1.32 wrote a device id and a database of events there."""
+    script = f"""
+import {first}
+import onnxruntime
+from onnx import helper, TensorProto
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+onnxruntime.InferenceSession(model.SerializeToString())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
