@@ -2,7 +2,7 @@
 
 GCC drops half of the 64 bytes that `ldtilecfg` reads, as stores nobody needs (GCC bug 114098, llama.cpp issue 20824);
 the process then ends with a general protection fault. Versions from SOUND_GCC on do not, and none does with
-`-fno-dse -fno-tree-dse`, which scripts/install.py asks for together with `-frecord-gcc-switches`.
+the first two of FLAGS, which scripts/install.py asks for; the third writes them into the library.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+FLAGS = "-fno-dse -fno-tree-dse -frecord-gcc-switches"
 SOUND_GCC = {11: 5, 12: 4, 13: 3}  # major -> first minor; all later majors are sound
 
 _GCC = re.compile(rb"GCC: \([^)\0]*\) (\d+)\.(\d+)\.")

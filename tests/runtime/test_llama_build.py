@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_align.runtime.llama_build import amx_is_sound, keeps_tile_configuration
+from edge_align.runtime.llama_build import amx_is_sound, FLAGS, keeps_tile_configuration
 from scripts.install import KEEP_STORES
 
 # the first of each release whose code keeps the stores: GCC bug 114098, "fixed in"
@@ -45,7 +45,8 @@ def test_every_build_of_the_kernels_has_to_be_sound(tmp_path: Path) -> None:
 def test_the_flags_of_the_installer_are_found_in_what_they_compile(tmp_path: Path) -> None:
     (tmp_path / "empty.cpp").write_text("int one() { return 1; }\n")
     library = tmp_path / "libggml-cpu.so"
-    flags = KEEP_STORES.split()
+    assert KEEP_STORES == FLAGS  # the installer runs before there is anything to import
+    flags = FLAGS.split()
     done = subprocess.run(["g++", *flags, "-shared", "-fPIC", "-o", library, tmp_path / "empty.cpp"], check=False)
     assert done.returncode == 0
     subprocess.run(["strip", library], check=True)  # as an installed library is
