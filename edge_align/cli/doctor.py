@@ -184,6 +184,7 @@ def _devices(path: Path, runtime: RuntimeConfig) -> Check:
 
 def _amx() -> Iterator[Check]:
     """Intel's matrix units, where there are any: two to five times the speed of llama.cpp."""
+    from edge_align.runtime.llama_build import FLAGS
     from edge_align.runtime.llama_native import amx, has_amx
 
     try:
@@ -192,9 +193,7 @@ def _amx() -> Iterator[Check]:
         used = amx()
     except EdgeAlignError:
         return  # said above
-    remedy = (
-        "reinstall llama-cpp-python with --no-cache-dir and CXXFLAGS='-fno-dse -fno-tree-dse -frecord-gcc-switches'"
-    )
+    remedy = f"reinstall llama-cpp-python with --no-cache-dir and CXXFLAGS='{FLAGS}'"
     broken = f"this processor has them, and llama.cpp as it was compiled would crash on them; {remedy}"
     yield Check("AMX", "ok" if used else "note", "llama.cpp uses this processor's matrix units" if used else broken)
 

@@ -150,7 +150,7 @@ def test_an_answer_left_early_leaves_nothing_behind(
 
 
 def test_others_can_answer_between_the_parts_of_a_prompt(backend: LlamaCppBackend, prompt: list[int]) -> None:
-    long = backend.render(user_prompt(LONG))
+    long = backend.render(user_prompt(f"{LONG}, {LONG}"))
     backend.forget_prompt()
     expected, beside = answer(backend, long), answer(backend, prompt)
     fork = backend.fork()
@@ -161,7 +161,7 @@ def test_others_can_answer_between_the_parts_of_a_prompt(backend: LlamaCppBacken
             assert answer(backend, prompt).tokens == beside.tokens
     read = stretches(map(len, parts(long[:-1], PREFILL_CHUNK)), PREFILL_CHUNK)
     n = len(read)
-    assert n > 2 and [bool(chunk.tokens) for chunk in chunks[:n]] == [False] * (n - 1) + [True]
+    assert n > 3 and [bool(chunk.tokens) for chunk in chunks[:n]] == [False] * (n - 1) + [True]
     assert join_chunks(chunks).tokens == expected.tokens
     fork.forget_prompt()
     left = fork.generate(long, vectors=None, sampling=GREEDY)
